@@ -1,0 +1,1 @@
+"""Lowering of specialized graphs to machines."""

@@ -1,0 +1,1 @@
+"""Scheduled TIR kernels, one file a family."""

@@ -1,0 +1,33 @@
+"""Nested integer weights: one int8 store whose rounded top bits are every lower width.
+
+A weight is an integer ``q`` in [-119, 119]. At ``bits`` < 8 it is ``(q + step/2) & ~(step - 1)`` with
+``step = 2**(8 - bits)``: the nearest multiple of ``step``, still an int8 at the same scale. The limit of 119 (not 127)
+is what keeps that rounding inside ``bits`` signed bits for every width from 4 to 8, so no clamp is needed in a kernel.
+"""
+
+import torch
+from torch import Tensor
+
+WEIGHT_QMAX = 119
+
+
+def quantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """Integers of ``weight`` (float tensor of whole numbers, same shape), ``scale`` broadcastable to it."""
+    return torch.clamp(torch.round(weight / scale), -WEIGHT_QMAX, WEIGHT_QMAX)
+
+
+def keep_top_bits(q: Tensor, bits: Tensor | int) -> Tensor:
+    """Round whole numbers ``q`` in [-119, 119] to multiples of ``2**(8 - bits)``; same shape and dtype.
+
+    ``bits`` is a number from 4 to 8, or a tensor holding one (so that a compiled graph serves every width).
+    """
+    if not isinstance(bits, Tensor):
+        bits = torch.tensor(bits)
+    step = torch.exp2(8.0 - bits.to(torch.float32))
+    rounded = torch.floor((q.to(torch.float32) + torch.floor(step / 2)) / step) * step
+    return rounded.to(q.dtype)
+
+
+def weight_scale(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Scale that maps the largest magnitude over ``dim`` to 119; kept dims, never zero."""
+    return weight.abs().amax(dim=dim, keepdim=True).clamp_min(1e-12) / WEIGHT_QMAX
