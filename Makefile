@@ -1,0 +1,58 @@
+# make demo     install and run the demo
+# make test     install everything and run the tests
+# make check    lint, formatting, types
+# make help     all targets
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# setuptools is installed first and used as it is, so that the build is pinned like the rest.
+PACKAGE := --no-build-isolation -e
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check arm64-root clean
+
+help:
+	@echo "make demo | test | check | arm64-root | clean     (PYTHON=$(PYTHON) makes .venv)"
+
+demo: .venv/installed
+	@$(BIN)/python scripts/arm64_root.py || echo "arm64 is left out of the demo: see the line above"
+	$(BIN)/t3c-compile demo
+
+# Where the arm64 system cannot be built its tests are skipped with the reason; with CI=true they fail.
+test: .venv/installed-dev
+	@$(BIN)/python scripts/arm64_root.py || test "$$CI" != true
+	$(BIN)/python -m pytest
+
+# mypy does not follow setuptools' mapping of passes/ and backends/: build/typed is the package as it is installed.
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typed && mkdir -p build/typed/t3c_compile
+	@ln -s $(CURDIR)/t3c_compile/* $(CURDIR)/passes $(CURDIR)/backends build/typed/t3c_compile/
+	MYPYPATH=build/typed $(BIN)/mypy --strict -p t3c_compile
+
+arm64-root: .venv/installed
+	$(BIN)/python scripts/arm64_root.py
+
+# A stamp file for each: nothing is installed again until the project's metadata or the pins change.
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "installing t3c-compile and its examples into .venv"
+	@$(INSTALL) setuptools wheel
+	@$(INSTALL) $(PACKAGE) '.[examples]'
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing what the tests need into .venv"
+	@$(INSTALL) $(PACKAGE) '.[dev,examples]'
+	@touch $@
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "Python's venv module is missing (on Debian: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,26 @@
+"""Fixtures that more than one test file uses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from t3c_compile import qemu
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def arm64() -> ModuleType:
+    """`t3c_compile.qemu`, ready to run arm64 Python; builds the arm64 system when it is not there yet."""
+    if qemu.unavailable():
+        script = [sys.executable, str(REPO / "scripts/arm64_root.py")]
+        built = subprocess.run(script, capture_output=True, text=True)
+        reason = built.stderr.strip() or qemu.unavailable()
+        if reason:
+            # Where every test must run, one that cannot is a failure.
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"arm64: {reason}")
+    return qemu
