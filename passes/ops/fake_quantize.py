@@ -14,30 +14,32 @@ from t3c_compile.passes.ops.nested import WEIGHT_QMAX, keep_top_bits, quantize_w
 
 
 @torch.library.custom_op("t3c::fake_quantize", mutates_args=())
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, qmin: int) -> Tensor:
     """Quantize ``x`` to int8 and back, as :func:`quantize_int8` then :func:`dequantize_int8` do.
 
-    ``scale`` and ``zero_point`` are 0-d float32 tensors; ``bits`` is the layer's 0-d width: at 32 the layer runs in
+    ``scale`` and ``zero_point`` are 0-d float32 tensors; ``qmin`` is the least integer: -128, or -127 for the symmetric
+    middle of a factor chain; ``bits`` is the layer's 0-d width: at 32 the layer runs in
     floating point and ``x`` comes back unchanged. Gradient: one inside the int8 range, zero outside.
     """
-    q = torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, -128, 127)
+    q = torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, qmin, 127)
     return torch.where(bits >= 32, x, (q - zero_point) * scale)
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, qmin: int) -> Tensor:
     return torch.empty_like(x)
 
 
 def _save_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.qmin = inputs[4]
 
 
-def _activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     x, scale, zero_point, bits = ctx.saved_tensors
-    low, high = (-128.5 - zero_point) * scale, (127.5 - zero_point) * scale
+    low, high = (ctx.qmin - 0.5 - zero_point) * scale, (127.5 - zero_point) * scale
     inside = ((x >= low) & (x <= high)) | (bits >= 32)
-    return grad * inside, None, None, None
+    return grad * inside, None, None, None, None
 
 
 fake_quantize.register_autograd(_activation_backward, setup_context=_save_activation)

@@ -1,0 +1,149 @@
+"""Capture: an ``nn.Module`` becomes an evaluation and a training graph over one module tree."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from t3c_compile.passes.base import get_attr, report_of
+from t3c_compile.passes.errors import BadWeightsError, CaptureError
+from t3c_compile.passes.graph import ElasticGraphModule, tensors_are_finite
+
+_TORCH = Path(torch.__file__).parent
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> ElasticGraphModule:
+    """Capture ``model`` with ``torch.export`` (non-strict), once in eval and once in train mode.
+
+    ``example_inputs`` are positional. With ``dynamic_shapes`` None, dimension 0 of every tensor input is the batch and
+    is kept free where the model allows it; where it does not, it is fixed and the report says so.
+
+    Raises:
+        CaptureError: the inputs do not fit the model, or it cannot be exported (with the reason and the line).
+        BadWeightsError: a parameter holds NaN or infinity.
+    """
+    bad = tensors_are_finite(model)
+    if bad is not None:
+        raise BadWeightsError(f"parameter {bad!r} holds NaN or infinity: repair the checkpoint before transforming it")
+    was_training = model.training
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        model.eval()
+        _check_inputs(model, example_inputs)
+        note = None
+        shapes = dynamic_shapes
+        inputs = example_inputs
+        if dynamic_shapes is None:
+            inputs = _two_rows(example_inputs)
+            shapes = tuple({0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
+        try:
+            evaluated = _export(model, inputs, shapes)
+        except CaptureError as error:
+            if dynamic_shapes is not None:
+                raise
+            inputs, shapes = example_inputs, None
+            evaluated = _export(model, inputs, shapes)
+            note = f"the batch size is fixed at that of the example inputs: {str(error).splitlines()[0]}"
+        model.train()
+        trained = _export(model, inputs, shapes)
+    finally:
+        for name, module in model.named_modules():
+            module.training = modes[name]
+    _rename_clashes(evaluated, trained)
+    elastic = ElasticGraphModule(_Both(evaluated, trained), evaluated.graph, trained.graph)
+    if note:
+        report_of(elastic).notes.append(note)
+    return elastic.train(was_training)
+
+
+def _check_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if not isinstance(inputs, tuple):
+        raise CaptureError(f"example_inputs must be a tuple of positional inputs, not {type(inputs).__name__}")
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        described = ", ".join(
+            f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs
+        )
+        raise CaptureError(
+            f"the model does not run on the example inputs ({described}): {error}\n  at {_user_line(error)}"
+        ) from error
+
+
+def _two_rows(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Export reads a size of 1 as a constant; a batch of one is doubled so that the batch can stay free."""
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.dim()]
+    if not tensors or any(x.shape[0] != 1 for x in tensors):
+        return inputs
+    return tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> GraphModule:
+    try:
+        program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        module = program.module(check_guards=False)
+    except Exception as error:
+        mode = "train" if model.training else "eval"
+        first = str(error).strip().splitlines()
+        reason = first[0] if first else type(error).__name__
+        raise CaptureError(
+            f"torch.export cannot capture the model in {mode} mode: {reason}\n  at {_user_line(error)}\n"
+            "  remove data-dependent Python (if, int(), .item()) from forward, or export a submodule"
+        ) from error
+    fresh = GraphModule(module, module.graph)
+    fresh._tracer_cls = None
+    fresh.graph._tracer_cls = None
+    return fresh
+
+
+def _user_line(error: BaseException) -> str:
+    """The last line of the user's own code in a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = Path(__file__)
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if _TORCH not in path.parents and path != here:
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "(no line of the model's own code)"
+
+
+def _rename_clashes(evaluated: GraphModule, trained: GraphModule) -> None:
+    """Constants lifted by the two captures may share a name and not a value; the training one gets a name of its own."""
+    for node in list(trained.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        target = str(node.target)
+        mine, other = get_attr(trained, target), get_attr(evaluated, target)
+        if other is None or other is mine or isinstance(mine, nn.Parameter):
+            continue
+        if mine.shape != other.shape or mine.dtype != other.dtype or not torch.equal(mine, other):
+            owner, _, leaf = target.rpartition(".")
+            trained.get_submodule(owner).register_buffer(f"{leaf}_train", mine)
+            node.target = f"{target}_train"
+
+
+class _Both(nn.Module):
+    """Looks a name up in the evaluation capture, then in the training one."""
+
+    def __init__(self, evaluated: GraphModule, trained: GraphModule) -> None:
+        super().__init__()
+        for module in (trained, evaluated):
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                self._place(name, tensor)
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module: nn.Module = self
+        for part in owner.split(".") if owner else []:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor)

@@ -1,0 +1,84 @@
+"""Convolution candidates become elastic convolutions: SVD for 1x1, Tucker-2 or CP for k x k, dense where grouped."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import tensorly
+import torch
+from tensorly.decomposition import parafac, partial_tucker
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from t3c_compile.passes.base import Pass
+from t3c_compile.passes.decompose_linear import svd_factors
+from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, SvdConv2d, Tucker2Conv2d
+from t3c_compile.passes.find_elastic_layers import Candidate
+from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
+
+
+@dataclass(frozen=True)
+class DecomposeConv(Pass):
+    """Replaces each conv2d candidate; every form is exact at its max rank.
+
+    Tucker-2: Kim et al., https://arxiv.org/abs/1511.06530; CP: Lebedev et al., https://arxiv.org/abs/1412.6553.
+    """
+
+    name: ClassVar[str] = "decompose-conv"
+    damping: float = 1e-2
+
+    def apply(self, gm: GraphModule) -> bool:
+        found = candidates(gm, "conv2d")
+        for node, candidate in found:
+            replace_with_elastic(gm, node, candidate, self._build)
+        return bool(found)
+
+    def _build(self, gm: GraphModule, candidate: Candidate, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        if candidate.form == "dense":
+            return DenseConv2d(weight, bias, candidate.conv, candidate.groups)
+        if candidate.form == "svd":
+            v, u = svd_factors(weight[:, :, 0, 0], moments_of(gm, candidate.layer), self.damping)
+            return SvdConv2d(v, u, bias, candidate.conv)
+        if candidate.form == "cp":
+            return CpConv2d(*cp_factors(weight), bias, candidate.conv)
+        return Tucker2Conv2d(*tucker2_factors(weight), bias, candidate.conv)
+
+
+def tucker2_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``V`` [Ri, I], ``core`` [Ro, Ri, kh, kw], ``U`` [O, Ro] of a kernel [O, I, kh, kw], exact, sorted by energy.
+
+    The bases are those of the higher-order SVD (Tucker-2 at full rank), so a prefix of both is the truncated HOSVD.
+    """
+    out, inner = weight.shape[:2]
+    rank = [min(out, inner * weight[0, 0].numel()), min(inner, out * weight[0, 0].numel())]
+    with tensorly.backend_context("pytorch"):
+        kernel = weight.detach().to(torch.float64)
+        (core, (u, v)), _ = partial_tucker(kernel, rank=rank, modes=[0, 1], init="svd", n_iter_max=1)
+    return v.T.to(weight.dtype), core.to(weight.dtype), u.to(weight.dtype)
+
+
+def cp_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``V`` [R, I], ``core`` [R, kh, kw], ``U`` [O, R] of a kernel [O, I, kh, kw], exact at R.
+
+    The first components come from alternating least squares at the rank where CP stops paying; what they leave is
+    written exactly, as the SVD of the rest at every kernel position. Each part is sorted by energy.
+    """
+    out, inner, kh, kw = weight.shape
+    kernel = weight.detach().to(torch.float64).reshape(out, inner, kh * kw)
+    paying = max(1, kernel.numel() // (out + inner + kh * kw))
+    head = min(paying, out * inner)
+    with tensorly.backend_context("pytorch"):
+        scale, (u, v, s) = parafac(
+            kernel, rank=head, n_iter_max=100, normalize_factors=True, init="random", random_state=0
+        )
+    order = torch.argsort(scale, descending=True)
+    u, v, s = (u * scale)[:, order], v[:, order], s[:, order]
+    rest = kernel - torch.einsum("or,ir,pr->oip", u, v, s)
+    tail_u, tail_s, tail_v = torch.linalg.svd(rest.permute(2, 0, 1), full_matrices=False)
+    positions = torch.eye(kh * kw, dtype=torch.float64).repeat_interleave(tail_s.shape[1], dim=1)
+    tail = (tail_u * tail_s[:, None, :]).permute(1, 0, 2).reshape(out, -1)
+    tail_v = tail_v.reshape(-1, inner)
+    order = torch.argsort(tail_s.reshape(-1), descending=True)
+    u = torch.cat([u, tail[:, order]], dim=1)
+    v = torch.cat([v.T, tail_v[order]])
+    core = torch.cat([s, positions[:, order]], dim=1).T.reshape(-1, kh, kw)
+    return v.to(weight.dtype), core.to(weight.dtype), u.to(weight.dtype)

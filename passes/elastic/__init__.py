@@ -1,0 +1,19 @@
+"""Elastic layers: the modules that the decompose passes put in place of linear and convolution nodes."""
+
+from t3c_compile.passes.elastic.conv import CpConv2d, DenseConv2d, SvdConv2d, Tucker2Conv2d
+from t3c_compile.passes.elastic.layer import ElasticLayer, elastic_layers
+from t3c_compile.passes.elastic.linear import DenseLinear, SvdLinear
+from t3c_compile.passes.elastic.quantizer import ActivationQuantizer, Gate
+
+__all__ = [
+    "ActivationQuantizer",
+    "CpConv2d",
+    "DenseConv2d",
+    "DenseLinear",
+    "ElasticLayer",
+    "Gate",
+    "SvdConv2d",
+    "SvdLinear",
+    "Tucker2Conv2d",
+    "elastic_layers",
+]

@@ -1,0 +1,163 @@
+"""The common part of every elastic layer."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from t3c_compile.passes.elastic.quantizer import ActivationQuantizer, Gate
+from t3c_compile.passes.ops import fake_quantize_weight
+from t3c_compile.passes.ops.nested import keep_top_bits, quantize_weight, weight_scale
+from t3c_compile.passes.option import Option
+
+Activation = tuple[float, int]
+"""Scale and zero point of one int8 tensor."""
+
+
+class ElasticLayer(nn.Module):
+    """A linear or convolution kept as factors up to ``max_rank``, run at the gate's rank and bits.
+
+    Until the quantizer and hook passes have run, ``gate``, ``x_quant`` and the middle quantizers are None and the layer
+    is a plain chain of factors. Factor scales are one number per component (or output channel) and never depend on the
+    rank in use, which is what makes every profile a prefix of one stored copy.
+    """
+
+    form: ClassVar[str]
+    op: ClassVar[Any]
+    """The ``t3c::`` op this layer becomes when specialized."""
+    middles: ClassVar[tuple[str, ...]] = ()
+    """Names of the int8 tensors between factors: ``h``, then ``g``."""
+
+    def __init__(self, max_rank: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.max_rank = max_rank
+        # Positions (tokens, pixels) of one sample at the input and the output; capture knows them.
+        self.rows_in = self.rows_out = 1
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.gate: Gate | None = None
+        self.x_quant: ActivationQuantizer | None = None
+        self.h_quant: ActivationQuantizer | None = None
+        self.g_quant: ActivationQuantizer | None = None
+
+    # -- what the passes add ------------------------------------------------------------------------------------
+
+    def add_quantizers(self) -> None:
+        self.x_quant = ActivationQuantizer(symmetric=False)
+        for middle in self.middles:
+            setattr(self, f"{middle}_quant", ActivationQuantizer(symmetric=True))
+
+    def add_gate(self) -> None:
+        self.gate = Gate(self.max_rank)
+
+    # -- pieces of the forward of every form --------------------------------------------------------------------
+
+    def _bits(self) -> Tensor:
+        return torch.tensor(32.0) if self.gate is None else self.gate.bits
+
+    def _masked(self, h: Tensor, dim: int) -> Tensor:
+        """Close the components of ``h`` (channels at ``dim``) that are beyond the rank in use."""
+        if self.gate is None:
+            return h
+        mask = self.gate.mask[: h.shape[dim]]
+        return h * (mask if dim == -1 else mask[:, None, None])
+
+    def _quantized(self, name: str, x: Tensor) -> Tensor:
+        quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
+        return x if quantizer is None else quantizer(x, self._bits())
+
+    def _rounded(self, factor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        """``factor`` as training sees it, one scale over ``dim``."""
+        if self.x_quant is None:
+            return factor
+        return fake_quantize_weight(factor, weight_scale(factor.detach(), dim), self._bits())
+
+    def _rounded_out(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The last factor [m, R] in units of its component scale, and that scale [R], which the middle carries."""
+        scale = weight_scale(u.detach(), 0)
+        normalized = u / scale
+        if self.x_quant is not None:
+            normalized = fake_quantize_weight(normalized, torch.ones(()), self._bits())
+        return normalized, scale[0]
+
+    # -- what each form defines ---------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each factor in store layout (rank-major float32) with its scale, broadcastable to it."""
+        raise NotImplementedError
+
+    def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
+        """The dense weight ([m, n] or [O, I/groups, kh, kw]) of float factors in store layout cut at ``rank``."""
+        raise NotImplementedError
+
+    def scales(self) -> dict[str, Tensor]:
+        """The float32 vectors the deployed op takes beside the factors, at max rank."""
+        raise NotImplementedError
+
+    def geometry(self) -> dict[str, Any]:
+        """Stride, padding and the like, as the deployed op names them."""
+        return {}
+
+    # -- the same for all ---------------------------------------------------------------------------------------
+
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the weight the factors stand for: [m, n] or [O, I / groups, kh, kw]."""
+        empty = {name: factor.detach().to("meta") for name, (factor, _) in self.factors().items()}
+        return tuple(self.compose(empty, self.max_rank).shape)
+
+    def dense_weight(self, option: Option | None = None) -> Tensor:
+        """The weight this layer multiplies by: exact when ``option`` is None, else at that rank and width."""
+        factors = self.factors()
+        if option is None or option.bits == 32:
+            rank = self.max_rank if option is None else option.rank
+            return self.compose({name: factor for name, (factor, _) in factors.items()}, rank)
+        rounded = {
+            name: keep_top_bits(quantize_weight(factor, scale), option.bits) * scale
+            for name, (factor, scale) in factors.items()
+        }
+        return self.compose(rounded, option.rank)
+
+    @torch.no_grad()
+    def store(self, rank: int) -> dict[str, Tensor]:
+        """Deployed tensors cut at ``rank``: int8 factors, float32 scales and bias. Smaller ranks are prefixes of these."""
+        tensors = {
+            name: quantize_weight(factor, scale).to(torch.int8) for name, (factor, scale) in self.factors().items()
+        }
+        tensors |= self.scales()
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach()
+        return {name: self._cut(name, tensor, rank).contiguous().clone() for name, tensor in tensors.items()}
+
+    def _cut(self, name: str, tensor: Tensor, rank: int) -> Tensor:
+        """The prefix of one stored tensor; all but the bias are rank-major."""
+        return tensor if name == "bias" else tensor[:rank]
+
+    def activations(self) -> dict[str, Activation]:
+        """Scale and zero point of the input (``x``) and the middles, from the quantizers."""
+        found: dict[str, Activation] = {}
+        for name in ("x", *self.middles):
+            quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
+            if quantizer is None:
+                raise ValueError("the layer has no quantizers: run the insert-quantizers pass first")
+            found[name] = (float(quantizer.scale), int(quantizer.zero_point))
+        return found
+
+    def set_activations(self, activations: dict[str, Activation]) -> None:
+        """Put back what :meth:`activations` returned."""
+        for name, (scale, zero_point) in activations.items():
+            quantizer = getattr(self, f"{name}_quant")
+            quantizer.scale.fill_(scale)
+            quantizer.zero_point.fill_(zero_point)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form}, max_rank={self.max_rank}"
+
+
+def elastic_layers(model: nn.Module) -> Iterator[tuple[str, ElasticLayer]]:
+    """The elastic layers of a model with their qualified names, in module order."""
+    for name, module in model.named_modules():
+        if isinstance(module, ElasticLayer):
+            yield name, module

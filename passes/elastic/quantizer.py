@@ -1,0 +1,80 @@
+"""What sits beside an elastic layer's factors: the controller's gate and the activation quantizers."""
+
+import torch
+from torch import Tensor, nn
+
+from t3c_compile.passes.ops import fake_quantize
+
+_MOMENTUM = 0.1
+
+
+class Gate(nn.Module):
+    """The controller hook of one layer: a prefix mask over its components and its weight width.
+
+    Both are buffers, so one captured or compiled graph serves every rank and width; training replaces them by
+    differentiable tensors with ``torch.func.functional_call``.
+    """
+
+    mask: Tensor
+    bits: Tensor
+
+    def __init__(self, max_rank: int) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(max_rank))
+        self.register_buffer("bits", torch.tensor(32.0))
+
+    def set(self, rank: int, bits: int) -> None:
+        """Open the first ``rank`` components at width ``bits`` (in place)."""
+        self.mask.copy_(torch.arange(len(self.mask)) < rank)
+        self.bits.fill_(bits)
+
+    def open(self) -> None:
+        """Full rank, floating point: the layer computes what the original did."""
+        self.set(len(self.mask), 32)
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor int8 fake quantization with a moving-average min/max observer.
+
+    In training mode the range follows the data; in eval mode ``scale`` and ``zero_point`` (0-d float32 buffers) are used
+    as they stand. ``symmetric`` fixes the zero point at 0 and the range at [-127, 127].
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, symmetric: bool) -> None:
+        super().__init__()
+        self.symmetric = symmetric
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("zero_point", torch.tensor(0.0))
+        self.register_buffer("low", torch.tensor(float("inf")))
+        self.register_buffer("high", torch.tensor(float("-inf")))
+
+    def forward(self, x: Tensor, bits: Tensor) -> Tensor:
+        if self.training:
+            self._observe(x.detach())
+        return fake_quantize(x, self.scale, self.zero_point, bits, -127 if self.symmetric else -128)
+
+    def _observe(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        first = torch.isinf(self.low)
+        self.low.copy_(torch.where(first, low, self.low + _MOMENTUM * (low - self.low)))
+        self.high.copy_(torch.where(first, high, self.high + _MOMENTUM * (high - self.high)))
+        self.set_range(self.low, self.high)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Scale and zero point for values in [``low``, ``high``] (0-d tensors); zero is always representable."""
+        if self.symmetric:
+            self.scale.copy_((torch.maximum(-low, high) / 127).clamp_min(1e-8))
+        else:
+            low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+            self.scale.copy_(((high - low) / 255).clamp_min(1e-8))
+            self.zero_point.copy_(torch.clamp(torch.round(-128 - low / self.scale), -128, 127))
+
+    def reset(self) -> None:
+        """Forget the observed range; the next batch in training mode sets it anew."""
+        self.low.fill_(float("inf"))
+        self.high.fill_(float("-inf"))

@@ -1,0 +1,102 @@
+"""Fold evaluation-mode batch norm into the convolution or linear before it, for lowering."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from t3c_compile.passes.base import Pass, erase_dead_attrs, get_attr
+
+aten = torch.ops.aten
+t3c = torch.ops.t3c
+
+_BATCH_NORM = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+_FLOAT = (aten.conv2d.default, aten.linear.default)
+_CHAINS = (t3c.svd_conv2d.default, t3c.tucker2_conv2d.default, t3c.cp_conv2d.default, t3c.svd_linear.default)
+_DENSE = (t3c.int8_conv2d.default, t3c.int8_linear.default)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """``bn(f(x))`` becomes ``f'(x)``.
+
+    For a ``t3c::`` op the norm goes into its float epilogue (``out_gain`` or ``scale``, and ``bias``), so no stored
+    integer changes; for a float convolution or linear it goes into weight and bias. A norm in training mode, or one
+    whose input is read elsewhere too, stays as it is.
+    """
+
+    name: ClassVar[str] = "fold-batch-norm"
+
+    def apply(self, gm: GraphModule) -> bool:
+        folded = 0
+        for node in list(gm.graph.nodes):
+            if node.op == "call_function" and node.target == aten.batch_norm.default and self._fold(gm, node):
+                folded += 1
+        if folded:
+            erase_dead_attrs(gm)
+        return bool(folded)
+
+    def _fold(self, gm: GraphModule, norm: Node) -> bool:
+        args = bound(norm)
+        source = args["input"]
+        if args["training"] or not isinstance(source, Node) or len(source.users) != 1:
+            return False
+        if source.op != "call_function" or source.target not in (*_FLOAT, *_CHAINS, *_DENSE):
+            return False
+        mean, var = (get_attr(gm, str(args[name].target)) for name in ("running_mean", "running_var"))
+        gain = torch.rsqrt(var + args["eps"])
+        if args["weight"] is not None:
+            gain = gain * get_attr(gm, str(args["weight"].target)).detach()
+        shift = -mean * gain
+        if args["bias"] is not None:
+            shift = shift + get_attr(gm, str(args["bias"].target)).detach()
+        values = bound(source)
+        bias = values["bias"]
+        new_bias = shift if bias is None else shift + get_attr(gm, str(bias.target)).detach() * gain
+        owner = owner_of(source)
+        if source.target in _CHAINS:
+            values["out_gain"] = self._attr(gm, source, f"{owner}.out_gain", gain)
+        else:
+            name = "scale" if source.target in _DENSE else "weight"
+            old = get_attr(gm, str(values[name].target)).detach()
+            values[name] = self._attr(gm, source, str(values[name].target), old * _column(gain, old.dim()))
+        values["bias"] = self._attr(gm, source, f"{owner}.bias", new_bias)
+        source.args, source.kwargs = tuple(values.values()), {}
+        norm.replace_all_uses_with(source)
+        gm.graph.erase_node(norm)
+        return True
+
+    def _attr(self, gm: GraphModule, node: Node, target: str, value: Tensor) -> Node:
+        owner, _, leaf = target.rpartition(".")
+        module = gm.get_submodule(owner)
+        if hasattr(module, leaf):
+            delattr(module, leaf)
+        module.register_buffer(leaf, value.detach().clone())
+        with gm.graph.inserting_before(node):
+            return gm.graph.get_attr(target)
+
+
+def bound(node: Node) -> dict[str, Any]:
+    """A node's arguments by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    values: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            values[argument.name] = node.args[index]
+        else:
+            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return values
+
+
+def owner_of(node: Node) -> str:
+    """The module that holds a node's parameters."""
+    for value in node.args:
+        if isinstance(value, Node) and value.op == "get_attr":
+            return str(value.target).rpartition(".")[0]
+    raise AssertionError(f"{node.name} has no parameter")
+
+
+def _column(values: Tensor, dims: int) -> Tensor:
+    return values.reshape(-1, *[1] * (dims - 1))

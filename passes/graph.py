@@ -1,0 +1,172 @@
+"""The elastic graph: a training graph and an evaluation graph over one tree of modules."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from t3c_compile.passes.base import Report, report_of
+from t3c_compile.passes.elastic import elastic_layers
+from t3c_compile.passes.option import Option
+
+
+class ElasticGraphModule(GraphModule):
+    """A ``torch.fx.GraphModule`` that runs its training graph in ``train()`` and its evaluation graph in ``eval()``.
+
+    Dropout, drop-path and batch norm differ between the two, so they are two captures; parameters, buffers and elastic
+    layers are one tree, so a state_dict, an optimizer or DDP sees one model. Deep copies and pickles keep both.
+    """
+
+    def __init__(self, root: nn.Module, eval_graph: Graph, train_graph: Graph) -> None:
+        super().__init__(root, eval_graph)
+        # The constructor copies only what the evaluation graph names.
+        self._copy_missing(root, train_graph)
+        self._graphs = {False: self.graph, True: copy.deepcopy(train_graph)}
+        # Export's tracer cannot trace again; None is what lets copies and pickles be made.
+        self._tracer_cls = None
+        for graph in self._graphs.values():
+            graph._tracer_cls = None
+        self._select(self.training)
+
+    def _copy_missing(self, root: nn.Module, graph: Graph) -> None:
+        extra = GraphModule(root, graph)
+        for name, tensor in [*extra.named_parameters(), *extra.named_buffers()]:
+            owner, _, leaf = name.rpartition(".")
+            if not _has(self, name):
+                module = _make_path(self, owner)
+                if isinstance(tensor, nn.Parameter):
+                    module.register_parameter(leaf, tensor)
+                else:
+                    module.register_buffer(leaf, tensor)
+        for node in graph.nodes:
+            if node.op == "call_module" and not _has(self, str(node.target)):
+                self.add_submodule(str(node.target), root.get_submodule(str(node.target)))
+
+    def _select(self, training: bool) -> None:
+        graph = self._graphs[training]
+        if self.graph is not graph:
+            self.graph = graph
+
+    def train(self, mode: bool = True) -> "ElasticGraphModule":
+        super().train(mode)
+        self._select(mode)
+        return self
+
+    def run_pass(self, apply: Any) -> None:
+        """Run a pass (a callable on a GraphModule) over both graphs in turn, evaluation first."""
+        for training in (False, True):
+            self.graph = self._graphs[training]
+            apply(self)
+            self._graphs[training] = self.graph
+        self._select(self.training)
+
+    @property
+    def eval_graph(self) -> Graph:
+        return self._graphs[False]
+
+    @property
+    def train_graph(self) -> Graph:
+        return self._graphs[True]
+
+    @property
+    def report(self) -> Report:
+        """Elastic layers, and kept layers with their reasons."""
+        return report_of(self)
+
+    def set_options(self, options: dict[str, Option]) -> None:
+        """Put every named layer at its option's rank and bits; layers not named are left as they are.
+
+        Raises:
+            KeyError: a name is not an elastic layer of this model.
+        """
+        layers = dict(elastic_layers(self))
+        for name, option in options.items():
+            layer = layers[name]
+            if layer.gate is None:
+                raise KeyError(f"layer {name!r} has no controller hook: run the insert-hooks pass first")
+            layer.gate.set(option.rank or layer.max_rank, option.bits)
+
+    def set_full(self) -> None:
+        """Full rank, floating point everywhere: the model that was transformed."""
+        for _, layer in elastic_layers(self):
+            if layer.gate is not None:
+                layer.gate.open()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ElasticGraphModule":
+        parts = copy.deepcopy(self._parts(), memo)
+        copied = _rebuild(*parts)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> Any:
+        return _rebuild, self._parts()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def _parts(self) -> tuple[GraphModule, GraphModule, dict[str, Any], bool]:
+        plain = []
+        for graph in self._graphs.values():
+            module = GraphModule(self, graph)
+            module._tracer_cls = None
+            module.graph._tracer_cls = None
+            plain.append(module)
+        return plain[0], plain[1], dict(self.meta), self.training
+
+
+def _rebuild(
+    eval_module: GraphModule, train_module: GraphModule, meta: dict[str, Any], training: bool
+) -> ElasticGraphModule:
+    root = nn.Module()
+    for module in (train_module, eval_module):
+        for name, child in module.named_children():
+            _merge(root, name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            root.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            root.register_buffer(name, buffer)
+    rebuilt = ElasticGraphModule(root, eval_module.graph, train_module.graph)
+    rebuilt.meta.update(meta)
+    return rebuilt.train(training)
+
+
+def _merge(parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Add ``child``; where a plain container already stands at ``name``, merge the two."""
+    existing = parent._modules.get(name)
+    if existing is None or type(existing) is not nn.Module:
+        parent.add_module(name, child)
+        return
+    for inner, module in child.named_children():
+        _merge(existing, inner, module)
+    for inner, parameter in child.named_parameters(recurse=False):
+        existing.register_parameter(inner, parameter)
+    for inner, buffer in child.named_buffers(recurse=False):
+        existing.register_buffer(inner, buffer)
+
+
+def _has(module: nn.Module, target: str) -> bool:
+    found: Any = module
+    for part in target.split("."):
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+def _make_path(module: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else []:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    return module
+
+
+@torch.no_grad()
+def tensors_are_finite(module: nn.Module) -> str | None:
+    """The name of the first parameter holding NaN or infinity; None when all are finite."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            return name
+    return None

@@ -1,0 +1,165 @@
+"""Specialize: the elastic graph at one profile becomes a plain graph of ``t3c::`` ops."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from t3c_compile.passes.base import Pass, elastic_calls, erase_dead_attrs
+from t3c_compile.passes.elastic import DenseConv2d, DenseLinear, ElasticLayer, elastic_layers
+from t3c_compile.passes.elastic.conv import ConvGeometry, ConvLayer
+from t3c_compile.passes.elastic.layer import Activation
+from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
+from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.option import Option
+
+aten = torch.ops.aten
+t3c = torch.ops.t3c
+
+
+@dataclass(frozen=True)
+class Specialize(Pass):
+    """Replaces every elastic layer by ``t3c::quantize_int8`` and its deployed op at the layer's option.
+
+    ``options`` and ``activations`` (scale and zero point of ``x`` and the middles) are by layer name.
+    ``store_ranks`` is the greatest rank any profile uses: factors are stored to that rank, so all profiles of one
+    model name the same tensors.
+    """
+
+    name: ClassVar[str] = "specialize"
+    options: Mapping[str, Option] = field(default_factory=dict)
+    activations: Mapping[str, Mapping[str, Activation]] = field(default_factory=dict)
+    store_ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def requires(self, gm: GraphModule) -> None:
+        for node, layer in elastic_calls(gm):
+            name = str(node.target)
+            option = self.options.get(name)
+            if option is None:
+                raise self.fail(f"layer {name}: the profile has no option for it")
+            if option.form not in (layer.form, "dense"):
+                raise self.fail(f"layer {name}: option {option} does not fit an elastic layer of form {layer.form}")
+            if option.rank > self.store_ranks.get(name, layer.max_rank):
+                raise self.fail(f"layer {name}: rank {option.rank} is beyond the stored rank")
+            if option.bits == 32:
+                raise self.fail(f"layer {name}: 32 bits is the training graph's; a profile has 4 to 8 bits")
+
+    def apply(self, gm: GraphModule) -> bool:
+        calls = list(elastic_calls(gm))
+        stored: dict[str, set[str]] = {}
+        for node, layer in calls:
+            name = str(node.target)
+            if name not in stored:
+                stored[name] = self._put_store(gm, name, layer)
+        for node, layer in calls:
+            self._replace(gm, node, layer, stored[str(node.target)])
+        _drop_dropout(gm)
+        _merge_quantizers(gm)
+        erase_dead_attrs(gm)
+        gm.graph.eliminate_dead_code()
+        return True
+
+    def _put_store(self, gm: GraphModule, name: str, layer: ElasticLayer) -> set[str]:
+        layer = as_dense(layer) if self.options[name].form == "dense" else layer
+        holder = nn.Module()
+        tensors = layer.store(self.store_ranks.get(name, layer.max_rank))
+        for key, tensor in tensors.items():
+            holder.register_buffer(key, tensor)
+        gm.add_submodule(name, holder)
+        return set(tensors)
+
+    def _replace(self, gm: GraphModule, node: Node, layer: ElasticLayer, stored: set[str]) -> None:
+        name, option, graph = str(node.target), self.options[str(node.target)], gm.graph
+        activations = self.activations.get(name) or layer.activations()
+        dense = as_dense(layer) if option.form == "dense" else layer
+        scale, zero_point = activations["x"]
+        values: dict[str, Any] = {
+            "x_scale": scale,
+            "x_zero_point": zero_point,
+            "rank": option.rank,
+            "bits": option.bits,
+        }
+        values |= {f"{middle}_scale": activations[middle][0] for middle in dense.middles}
+        values |= dense.geometry()
+        with graph.inserting_before(node):
+            values["x"] = graph.call_function(t3c.quantize_int8.default, (node.args[0], scale, zero_point))
+            values["x"].meta = {k: v for k, v in node.meta.items() if k != "val"}
+            for key in stored:
+                values[key] = graph.get_attr(f"{name}.{key}")
+            arguments = [argument.name for argument in dense.op._schema.arguments]
+            call = graph.call_function(dense.op, tuple(values.get(argument) for argument in arguments))
+        call.meta = {**node.meta, "t3c_pass": self.name, "t3c_layer": name}
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
+@torch.no_grad()
+def as_dense(layer: ElasticLayer) -> ElasticLayer:
+    """The same layer with its factors multiplied out; a dense layer comes back as it is."""
+    if layer.form == "dense":
+        return layer
+    weight = layer.dense_weight()
+    if isinstance(layer, ConvLayer):
+        return DenseConv2d(weight, layer.bias, ConvGeometry(**vars(layer.conv)), groups=1)
+    return DenseLinear(weight, layer.bias)
+
+
+def specialize(
+    model: ElasticGraphModule,
+    options: Mapping[str, Option],
+    activations: Mapping[str, Mapping[str, Activation]] | None = None,
+    store_ranks: Mapping[str, int] | None = None,
+) -> GraphModule:
+    """A plain ``GraphModule`` that runs ``model`` at one profile, batch norm folded; ``model`` is not changed.
+
+    Its state_dict is the weight store (int8 factors to ``store_ranks``, float32 scales and biases, kept parameters).
+    """
+    root = copy.deepcopy(model).eval()
+    gm = GraphModule(root, root.eval_graph)
+    Specialize(options, activations or {}, store_ranks or {})(gm)
+    FoldBatchNorm()(gm)
+    gm.delete_all_unused_submodules()
+    _drop_unused_tensors(gm)
+    return gm.eval()
+
+
+def store_ranks(model: ElasticGraphModule, profiles: list[Mapping[str, Option]]) -> dict[str, int]:
+    """The greatest rank of every layer over ``profiles``."""
+    return {name: max(profile[name].rank for profile in profiles) for name, _ in elastic_layers(model)}
+
+
+def _drop_dropout(gm: GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in (aten.dropout.default, aten.feature_dropout.default):
+            if node.args[2]:
+                continue
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+
+
+def _merge_quantizers(gm: GraphModule) -> None:
+    """One quantize node where several layers read the same tensor at the same scale (query, key and value)."""
+    seen: dict[tuple[Any, ...], Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target == t3c.quantize_int8.default:
+            first = seen.setdefault(tuple(node.args), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                gm.graph.erase_node(node)
+
+
+def _drop_unused_tensors(gm: GraphModule) -> None:
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(owner), leaf)
+
+
+def parameter_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a store."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,131 @@
+"""What a layer costs, as sympy expressions in (rank, bits): printed in reports, lambdified for the budget loss."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+
+from t3c_compile.backends.targets import Target
+from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, ElasticLayer, Tucker2Conv2d, elastic_layers
+from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.option import Option
+
+RANK, BITS = sympy.symbols("rank bits", positive=True)
+
+# Energy of a 45 nm int8 multiply-add, and of a byte from DRAM, in picojoules: M. Horowitz, "Computing's energy
+# problem", ISSCC 2014, figure 1.1.9 (8-bit add 0.03 + multiply 0.2; DRAM 1.3-2.6 nJ for 64 bits, the lower taken).
+_PJ_PER_MAC = 0.23
+_PJ_PER_BYTE = 162.5
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one elastic layer for one sample. ``macs`` multiply-adds and ``weights`` numbers are in ``rank``."""
+
+    macs: sympy.Expr
+    weights: sympy.Expr
+    vectors: sympy.Expr
+    """float32 numbers beside the factors: scales and bias."""
+
+    @property
+    def bytes(self) -> sympy.Expr:
+        """Bytes of the layer's store at (rank, bits)."""
+        return self.weights * BITS / 8 + 4 * self.vectors
+
+    @cached_property
+    def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        # Plain Python operators only (Min aside), so the same function takes numbers and tensors.
+        modules = [{"Min": _minimum}]
+        return tuple(sympy.lambdify((RANK, BITS), e, modules) for e in (self.macs, self.bytes))  # type: ignore[return-value]
+
+    def at(self, rank: Any, bits: Any) -> tuple[Any, Any]:
+        """(multiply-adds, bytes) at a rank and width; numbers or tensors (differentiable)."""
+        macs, size = self._functions
+        return macs(rank, bits), size(rank, bits)
+
+
+def layer_cost(layer: ElasticLayer, form: str | None = None) -> LayerCost:
+    """The cost of a layer in its own form, or in ``form="dense"`` with its factors multiplied out."""
+    out, inner, kernel, groups = _dense_shape(layer)
+    bias = 0 if layer.bias is None else out
+    if (form or layer.form) == "dense":
+        numbers = out * inner // groups * kernel
+        return LayerCost(sympy.Integer(layer.rows_out * numbers), sympy.Integer(numbers), sympy.Integer(out + bias))
+    if isinstance(layer, Tucker2Conv2d):
+        ki, ko = sympy.Min(RANK, layer.V.shape[0]), sympy.Min(RANK, layer.U.shape[1])
+        return LayerCost(
+            layer.rows_in * ki * inner + layer.rows_out * (ki * ko * kernel + ko * out),
+            ki * inner + ki * ko * kernel + ko * out,
+            ki + ko + bias,
+        )
+    if isinstance(layer, CpConv2d):
+        macs = RANK * (layer.rows_in * inner + layer.rows_out * (kernel + out))
+        return LayerCost(macs, RANK * (inner + kernel + out), 2 * RANK + bias)
+    numbers = RANK * (inner + out)
+    return LayerCost(layer.rows_out * numbers, numbers, RANK + bias)
+
+
+def _dense_shape(layer: ElasticLayer) -> tuple[int, int, int, int]:
+    """(out, in, kernel positions, groups)."""
+    shape = layer.dense_shape()
+    groups = layer.groups if isinstance(layer, DenseConv2d) else 1
+    kernel = shape[2] * shape[3] if len(shape) == 4 else 1
+    return shape[0], shape[1] * groups, kernel, groups
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    """``Min`` for numbers and tensors alike."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return min(a, b)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a profile for one sample."""
+
+    size_bytes: float
+    latency_ms: float
+    energy_mj: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.size_bytes + other.size_bytes, self.latency_ms + other.latency_ms, self.energy_mj + other.energy_mj
+        )
+
+
+def roofline(macs: Any, size: Any, target: Target) -> Cost:
+    """Roofline estimate of one layer: the slower of arithmetic at peak and weights from memory; no overheads."""
+    arithmetic = 2 * macs / (target.peak_gops * 1e9)
+    memory = size / (target.bandwidth_gbps * 1e9)
+    energy = (macs * _PJ_PER_MAC + size * _PJ_PER_BYTE) * 1e-9
+    return Cost(size, 1e3 * max(arithmetic, memory), energy)
+
+
+def option_cost(layer: ElasticLayer, option: Option, target: Target) -> Cost:
+    """Roofline cost of one layer at one option."""
+    macs, size = layer_cost(layer, option.form).at(option.rank, option.bits)
+    return roofline(float(macs), float(size), target)
+
+
+def kept_bytes(elastic: ElasticGraphModule) -> int:
+    """Bytes of the parameters that are not elastic (kept layers, norms, embeddings): every profile carries them."""
+    owned = {id(p) for _, layer in elastic_layers(elastic) for p in layer.parameters()}
+    return sum(4 * p.numel() for p in elastic.parameters() if id(p) not in owned)
+
+
+def profile_cost(elastic: ElasticGraphModule, options: Mapping[str, Option], target: Target) -> Cost:
+    """Roofline cost of a profile: its layers and the parameters every profile carries."""
+    total = Cost(kept_bytes(elastic), 0.0, 0.0)
+    for name, layer in elastic_layers(elastic):
+        total = total + option_cost(layer, options[name], target)
+    return total
+
+
+def dense_int8_bytes(elastic: ElasticGraphModule) -> float:
+    """Bytes of the model with every elastic layer dense in int8: the size profiles are compared with."""
+    layers = [layer for _, layer in elastic_layers(elastic)]
+    return kept_bytes(elastic) + sum(float(layer_cost(layer, "dense").at(0, 8)[1]) for layer in layers)
