@@ -1,7 +1,8 @@
 """The shape of a pass.
 
-A pass is a frozen dataclass with a ``name``; its fields are its options. Calling it on a ``torch.fx.GraphModule`` checks
-what it requires, rewrites the graph in place and checks what it ensures, so it can stand in a ``torch.fx`` PassManager.
+A pass is a frozen dataclass with a ``name``; its fields are its options. Calling it on a ``torch.fx.GraphModule``
+checks what it requires, rewrites the graph in place and checks what it ensures, so it can stand in a ``torch.fx``
+PassManager.
 """
 
 from collections.abc import Iterator

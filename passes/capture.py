@@ -113,7 +113,7 @@ def _user_line(error: BaseException) -> str:
 
 
 def _rename_clashes(evaluated: GraphModule, trained: GraphModule) -> None:
-    """Constants lifted by the two captures may share a name and not a value; the training one gets a name of its own."""
+    """Constants of the two captures may share a name and not a value; the training one gets a name of its own."""
     for node in list(trained.graph.nodes):
         if node.op != "get_attr":
             continue

@@ -17,7 +17,7 @@ from t3c_compile.passes.replace import candidates, moments_of, replace_with_elas
 class DecomposeLinear(Pass):
     """Replaces each linear candidate by an ``SvdLinear`` (or ``DenseLinear``) at the weight owner's name.
 
-    With moments recorded by ``record-moments``, the SVD is of ``W S``, ``S S^T`` the damped second moment of the layer's
+    With moments left by ``record_moments``, the SVD is of ``W S``, ``S S^T`` the damped second moment of the layer's
     inputs, so that truncation error is the energy lost on real inputs (SVD-LLM, https://arxiv.org/abs/2403.07378).
     """
 

@@ -1,7 +1,7 @@
 """Find the linear and convolution nodes that can be elastic; refuse the others with the reason."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ class Candidate:
     form: str
     weight: str
     bias: str | None
-    conv: ConvGeometry = ConvGeometry()
+    conv: ConvGeometry = field(default_factory=ConvGeometry)
     groups: int = 1
     reason: str = ""
 

@@ -9,8 +9,8 @@ FORMS = ("dense", "svd", "tucker2", "cp")
 class Option:
     """One way to run a layer.
 
-    ``form`` is one of :data:`FORMS`; ``rank`` is the number of components kept (0 for ``dense``); ``bits`` is the weight
-    width, 4 to 8, or 32 for floating point.
+    ``form`` is one of :data:`FORMS`; ``rank`` is the number of components kept (0 for ``dense``); ``bits`` is the
+    weight width, 4 to 8, or 32 for floating point.
     """
 
     form: str

@@ -1,7 +1,7 @@
 """A pipeline is data: an ordered list of passes that prints as text and parses back."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from torch.fx import GraphModule
@@ -70,16 +70,10 @@ class Pipeline:
         return Pipeline(self.passes[index + 1 :])
 
 
-def default_pipeline(find: Iterable[tuple[str, str | int]] = ()) -> Pipeline:
-    """What ``transform`` runs after capture, in order."""
+def default_pipeline(find: FindElasticLayers | None = None) -> Pipeline:
+    """What ``transform`` runs after capture, in order; ``find`` carries the user's choices."""
     return Pipeline(
-        (
-            FindElasticLayers(**dict(find)),  # type: ignore[arg-type]
-            DecomposeLinear(),
-            DecomposeConv(),
-            InsertQuantizers(),
-            InsertHooks(),
-        )
+        (find or FindElasticLayers(), DecomposeLinear(), DecomposeConv(), InsertQuantizers(), InsertHooks())
     )
 
 
@@ -96,7 +90,7 @@ def _parse(part: str) -> Pass:
     if name not in PASSES:
         raise PipelineSyntaxError(f"there is no pass {name!r}; known: {', '.join(PASSES)}")
     cls = PASSES[name]
-    types = {f.name: type(f.default) for f in fields(cls)}
+    types: dict[str, Callable[[str], str | int | float]] = {f.name: type(f.default) for f in fields(cls)}  # type: ignore[misc]
     options: dict[str, str | int | float] = {}
     for item in filter(None, (text or "").split(",")):
         key, equals, value = item.partition("=")
@@ -106,5 +100,7 @@ def _parse(part: str) -> Pass:
         try:
             options[key] = types[key](value.strip())
         except ValueError as error:
-            raise PipelineSyntaxError(f"{name}: {key}={value.strip()!r} is not {types[key].__name__}") from error
+            raise PipelineSyntaxError(
+                f"{name}: {key}={value.strip()!r} is not a {getattr(types[key], '__name__', '')}"
+            ) from error
     return cls(**options)

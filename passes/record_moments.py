@@ -21,7 +21,7 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         candidate = n.meta.get("t3c_candidate")
         if isinstance(candidate, Candidate) and candidate.form == "svd":
-            x = self.env[n.args[0]]
+            x = self.env[n.all_input_nodes[0]]
             # 1x1 convolutions: every pixel is a row of channels.
             rows = x.movedim(1, -1) if candidate.kind == "conv2d" else x
             rows = rows.reshape(-1, rows.shape[-1]).to(torch.float64)

@@ -80,5 +80,8 @@ def _package_link() -> str:
     # The folder this package lies in may hold this machine's own numpy: let arm64 see the package alone.
     folder = tempfile.mkdtemp(prefix="t3c-arm64-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    Path(folder, "t3c_compile").symlink_to(PACKAGE)
+    package = Path(folder, "t3c_compile")
+    package.mkdir()
+    for entry in [*PACKAGE.iterdir(), *(p for p in (PACKAGE.parent / "passes",) if p.exists())]:
+        (package / entry.name).symlink_to(entry)
     return folder

@@ -75,9 +75,7 @@ def transform(
     """
     config = config or Config()
     elastic = capture(model, example_inputs, dynamic_shapes)
-    pipeline = default_pipeline(
-        {"conv": config.conv, "rank_multiple": config.rank_multiple, "keep": " ".join(config.keep)}.items()
-    )
+    pipeline = default_pipeline(FindElasticLayers(config.conv, config.rank_multiple, " ".join(config.keep)))
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("transform", total=len(pipeline.passes))
 

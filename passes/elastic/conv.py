@@ -60,6 +60,9 @@ class SvdConv2d(ConvLayer):
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         return (factors["u"][:rank].T @ factors["v"][:rank])[:, :, None, None]
 
+    def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        return ((factors["v"] @ x) * mask) @ factors["u"]
+
     def scales(self) -> dict[str, Tensor]:
         return {"mid_scale": (weight_scale(self.V, 1) * weight_scale(self.U.T, 1))[:, 0]}
 
@@ -120,6 +123,11 @@ class Tucker2Conv2d(_ThreeFactorConv2d):
         v, core, u = factors["v"][:rank], factors["core"][:rank, :rank], factors["u"][:rank]
         return torch.einsum("ro,rshw,si->oihw", u, core, v)
 
+    def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        h = (factors["v"] @ x.reshape(factors["v"].shape[1], -1)) * mask[: len(factors["v"]), None]
+        g = (factors["core"].flatten(1) @ h.flatten()) * mask[: len(factors["u"])]
+        return g @ factors["u"]
+
     def _cut(self, name: str, tensor: Tensor, rank: int) -> Tensor:
         return tensor[:rank, :rank] if name == "core" else super()._cut(name, tensor, rank)
 
@@ -136,6 +144,10 @@ class CpConv2d(_ThreeFactorConv2d):
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         v, core, u = (factors[name][:rank] for name in ("v", "core", "u"))
         return torch.einsum("ro,rhw,ri->oihw", u, core, v)
+
+    def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        h = factors["v"] @ x.reshape(factors["v"].shape[1], -1)
+        return ((factors["core"].flatten(1) * h).sum(1) * mask) @ factors["u"]
 
 
 class DenseConv2d(ConvLayer):
@@ -158,6 +170,9 @@ class DenseConv2d(ConvLayer):
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         return factors["weight"]
+
+    def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        return factors["weight"].flatten(1) @ x
 
     def scales(self) -> dict[str, Tensor]:
         return {"scale": weight_scale(self.weight, (1, 2, 3)).flatten()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from t3c_compile.passes.elastic.quantizer import ActivationQuantizer, Gate
 from t3c_compile.passes.ops import fake_quantize_weight
-from t3c_compile.passes.ops.nested import keep_top_bits, quantize_weight, weight_scale
+from t3c_compile.passes.ops.nested import quantize_weight, weight_scale
 from t3c_compile.passes.option import Option
 
 Activation = tuple[float, int]
@@ -70,7 +70,8 @@ class ElasticLayer(nn.Module):
         """``factor`` as training sees it, one scale over ``dim``."""
         if self.x_quant is None:
             return factor
-        return fake_quantize_weight(factor, weight_scale(factor.detach(), dim), self._bits())
+        rounded: Tensor = fake_quantize_weight(factor, weight_scale(factor.detach(), dim), self._bits())
+        return rounded
 
     def _rounded_out(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The last factor [m, R] in units of its component scale, and that scale [R], which the middle carries."""
@@ -91,6 +92,13 @@ class ElasticLayer(nn.Module):
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         """The dense weight ([m, n] or [O, I/groups, kh, kw]) of float factors in store layout cut at ``rank``."""
+        raise NotImplementedError
+
+    def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        """The flattened dense weight times a vector: ``x`` [I / groups * kh * kw] -> [O], never composing the weight.
+
+        ``factors`` are float factors in store layout, ``mask`` [max_rank] closes components (soft values allowed).
+        """
         raise NotImplementedError
 
     def scales(self) -> dict[str, Tensor]:
@@ -114,15 +122,17 @@ class ElasticLayer(nn.Module):
         if option is None or option.bits == 32:
             rank = self.max_rank if option is None else option.rank
             return self.compose({name: factor for name, (factor, _) in factors.items()}, rank)
-        rounded = {
-            name: keep_top_bits(quantize_weight(factor, scale), option.bits) * scale
-            for name, (factor, scale) in factors.items()
+        return self.compose(self.rounded_factors(torch.tensor(float(option.bits))), option.rank)
+
+    def rounded_factors(self, bits: Tensor) -> dict[str, Tensor]:
+        """The factors in store layout as training sees them at width ``bits`` (0-d); straight-through gradients."""
+        return {
+            name: fake_quantize_weight(factor, scale.detach(), bits) for name, (factor, scale) in self.factors().items()
         }
-        return self.compose(rounded, option.rank)
 
     @torch.no_grad()
     def store(self, rank: int) -> dict[str, Tensor]:
-        """Deployed tensors cut at ``rank``: int8 factors, float32 scales and bias. Smaller ranks are prefixes of these."""
+        """Deployed tensors cut at ``rank``: int8 factors, float32 scales and bias; smaller ranks are prefixes."""
         tensors = {
             name: quantize_weight(factor, scale).to(torch.int8) for name, (factor, scale) in self.factors().items()
         }

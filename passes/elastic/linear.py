@@ -38,6 +38,9 @@ class SvdLinear(ElasticLayer):
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         return factors["u"][:rank].T @ factors["v"][:rank]
 
+    def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        return ((factors["v"] @ x) * mask) @ factors["u"]
+
     def scales(self) -> dict[str, Tensor]:
         return {"mid_scale": (weight_scale(self.V, 1) * weight_scale(self.U.T, 1))[:, 0]}
 
@@ -65,6 +68,9 @@ class DenseLinear(ElasticLayer):
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         return factors["weight"]
+
+    def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        return factors["weight"].flatten(1) @ x
 
     def scales(self) -> dict[str, Tensor]:
         return {"scale": weight_scale(self.weight, 1)[:, 0]}

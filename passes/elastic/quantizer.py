@@ -36,8 +36,8 @@ class Gate(nn.Module):
 class ActivationQuantizer(nn.Module):
     """Per-tensor int8 fake quantization with a moving-average min/max observer.
 
-    In training mode the range follows the data; in eval mode ``scale`` and ``zero_point`` (0-d float32 buffers) are used
-    as they stand. ``symmetric`` fixes the zero point at 0 and the range at [-127, 127].
+    In training mode the range follows the data; in eval mode ``scale`` and ``zero_point`` (0-d float32 buffers) are
+    used as they stand. ``symmetric`` fixes the zero point at 0 and the range at [-127, 127].
     """
 
     scale: Tensor
@@ -56,7 +56,8 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor, bits: Tensor) -> Tensor:
         if self.training:
             self._observe(x.detach())
-        return fake_quantize(x, self.scale, self.zero_point, bits, -127 if self.symmetric else -128)
+        quantized: Tensor = fake_quantize(x, self.scale, self.zero_point, bits, -127 if self.symmetric else -128)
+        return quantized
 
     def _observe(self, x: Tensor) -> None:
         low, high = torch.aminmax(x)

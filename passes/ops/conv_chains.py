@@ -1,7 +1,7 @@
 """Factorized quantized convolutions: SVD (1x1), Tucker-2 and CP chains.
 
-All factors are stored rank-major at their greatest rank; a chain at ``rank`` k reads the prefix. Every stage between two
-factors is requantized to symmetric int8.
+All factors are stored rank-major at their greatest rank; a chain at ``rank`` k reads the prefix. Every stage between
+two factors is requantized to symmetric int8.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def tucker2_conv2d(
     rank: int,
     bits: int,
 ) -> Tensor:
-    """Tucker-2 convolution at ``rank`` k: 1x1 to ``ki = min(k, Ri)`` channels, kh x kw core, 1x1 from ``ko = min(k, Ro)``.
+    """Tucker-2 convolution at ``rank`` k: 1x1 to ``ki = min(k, Ri)``, kh x kw core, 1x1 from ``ko = min(k, Ro)``.
 
     int8 ``x`` [N, C, H, W], int8 ``v`` [Ri, C], int8 ``core`` [Ro, Ri, kh, kw], int8 ``u`` [Ro, O], float32
     ``mid_scale`` [Ri], ``core_scale`` [Ro], ``out_gain``/``bias`` [O] or None -> float32 [N, O, H', W']::

@@ -34,7 +34,7 @@ def int8_linear(
     x_zero_point: int,
     bits: int,
 ) -> Tensor:
-    """Dense linear: int8 ``x`` [..., n], int8 ``weight`` [m, n], float32 ``scale`` [m] and ``bias`` [m] -> float32 [..., m].
+    """Dense linear: int8 ``x`` [..., n], int8 ``weight`` [m, n], float32 ``scale``/``bias`` [m] -> float32 [..., m].
 
     ``y = (sum_n (x - x_zero_point) * top_bits(weight)) * (scale * x_scale) + bias``.
     """
@@ -102,7 +102,7 @@ def _(
 
 @torch.library.custom_op("t3c::weight_only_linear", mutates_args=())
 def weight_only_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """Linear with float activations: float32 ``x`` [..., n], int8 ``weight`` [m, n], float32 ``scale`` [m] -> float32 [..., m]."""
+    """Float activations: float32 ``x`` [..., n], int8 ``weight`` [m, n], float32 ``scale`` [m] -> float32 [..., m]."""
     y = (x @ keep_top_bits(weight, bits).to(torch.float32).T) * scale
     return add_bias(y, bias)
 

@@ -1,0 +1,151 @@
+"""Path gains: how much a unit error at a layer's output can move the logits."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import networkx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from t3c_compile.passes.base import Pass, elastic_calls
+from t3c_compile.passes.elastic import ElasticLayer
+from t3c_compile.passes.graph import ElasticGraphModule
+
+_EXACT_OUTPUTS = 32
+_PROBES = 16
+
+
+@dataclass(frozen=True)
+class PathGains(Pass):
+    """Writes ``node.meta["t3c_gain"]`` of every elastic call and ``gm.meta["t3c_gains"]`` by layer.
+
+    ``calibration`` are input tuples. The gain is the greatest, over the samples, spectral norm of the Jacobian from the
+    layer's output to the logits, measured by vector-Jacobian products: all of them for up to 32 logits, else Gaussian
+    probes, whose root mean square is the Frobenius norm (an upper bound). A layer the gradient does not reach gets the
+    product of operator norms summed over all paths of the dataflow graph.
+    """
+
+    name: ClassVar[str] = "path-gains"
+    calibration: Sequence[tuple[Any, ...]] = ()
+
+    def requires(self, gm: GraphModule) -> None:
+        if not self.calibration:
+            raise self.fail("calibration inputs are needed to measure gains")
+
+    def apply(self, gm: GraphModule) -> bool:
+        calls = list(elastic_calls(gm))
+        gains = measured_gains(gm, [node for node, _ in calls], self.calibration)
+        missing = [node for node, _ in calls if node not in gains]
+        if missing:
+            products = norm_product_gains(gm)
+            gains |= {node: products[node] for node in missing}
+        for node, gain in gains.items():
+            node.meta["t3c_gain"] = gain
+        gm.meta["t3c_gains"] = {str(node.target): gain for node, gain in gains.items()}
+        return False
+
+
+def path_gains(model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> dict[str, float]:
+    """Gains of the evaluation graph at the present ranks, by layer."""
+    training = model.training
+    PathGains(calibration)(model.eval())
+    model.train(training)
+    gains: dict[str, float] = model.meta["t3c_gains"]
+    return gains
+
+
+class _Tap(Interpreter):
+    """Runs a graph and keeps the outputs of some nodes, as leaves the gradient reaches."""
+
+    def __init__(self, gm: GraphModule, nodes: Iterable[Node]) -> None:
+        super().__init__(gm)
+        self.nodes = set(nodes)
+        self.outputs: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n in self.nodes:
+            if not result.requires_grad:
+                result = result.detach().requires_grad_(True)
+            self.outputs[n] = result
+        return result
+
+
+def measured_gains(gm: GraphModule, nodes: list[Node], calibration: Iterable[tuple[Any, ...]]) -> dict[Node, float]:
+    """Greatest Jacobian norm over the samples, for each node the gradient reaches."""
+    generator = torch.Generator().manual_seed(0)
+    gains: dict[Node, float] = {}
+    for inputs in calibration:
+        tap = _Tap(gm, nodes)
+        with torch.enable_grad():
+            result = tap.run(*inputs)
+        logits = first_tensor(result)
+        logits = logits.reshape(len(logits), -1)
+        found = list(tap.outputs)
+        grams = _jacobian_grams(logits, [tap.outputs[node] for node in found], generator)
+        for node, gram in zip(found, grams, strict=True):
+            if gram is not None:
+                exact = logits.shape[1] <= _EXACT_OUTPUTS
+                norms = torch.linalg.eigvalsh(gram)[:, -1] if exact else gram.diagonal(dim1=1, dim2=2).mean(1)
+                gains[node] = max(gains.get(node, 0.0), float(norms.clamp_min(0).sqrt().max()))
+    return gains
+
+
+def _jacobian_grams(logits: Tensor, outputs: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:
+    """``P J J^T P^T`` [batch, probes, probes] for every output, P the identity or Gaussian probes."""
+    size = logits.shape[1]
+    exact = size <= _EXACT_OUTPUTS
+    probes = torch.eye(size) if exact else torch.randn(_PROBES, size, generator=generator)
+    rows: list[list[Tensor | None]] = [[] for _ in outputs]
+    for probe in probes:
+        grads = torch.autograd.grad((logits @ probe).sum(), outputs, retain_graph=True, allow_unused=True)
+        for collected, grad in zip(rows, grads, strict=True):
+            collected.append(None if grad is None else grad.detach().flatten(1))
+    grams: list[Tensor | None] = []
+    for collected in rows:
+        if any(row is None for row in collected):
+            grams.append(None)
+        else:
+            jacobian = torch.stack([row for row in collected if row is not None], dim=1)
+            grams.append(jacobian @ jacobian.transpose(1, 2))
+    return grams
+
+
+def first_tensor(result: Any) -> Tensor:
+    """The logits: the first tensor a model returns."""
+    if isinstance(result, Tensor):
+        return result
+    values = result.values() if isinstance(result, dict) else result
+    return next(first_tensor(value) for value in values if isinstance(value, Tensor | tuple | list | dict))
+
+
+@torch.no_grad()
+def norm_product_gains(gm: GraphModule) -> dict[Node, float]:
+    """Sum over paths to the output of the product of operator norms; ops without parameters count as 1-Lipschitz."""
+    flow = networkx.DiGraph()
+    for node in gm.graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    norms: dict[Node, float] = {}
+    for node, layer in elastic_calls(gm):
+        norms[node] = operator_norm(layer)
+    gains: dict[Node, float] = {}
+    for node in reversed(list(networkx.topological_sort(flow))):
+        users = list(flow.successors(node))
+        gains[node] = 1.0 if node.op == "output" else sum(gains[user] * norms.get(user, 1.0) for user in users)
+    return gains
+
+
+@torch.no_grad()
+def operator_norm(layer: ElasticLayer) -> float:
+    """Upper bound of a layer's operator norm: the matrix norm, for k x k kernels times the root of their positions."""
+    weight = layer.dense_weight()
+    return float(torch.linalg.matrix_norm(weight.flatten(1), ord=2)) * kernel_factor(weight)
+
+
+def kernel_factor(weight: Tensor) -> float:
+    """``sqrt(kh * kw)``: a convolution's norm is at most this times its flattened kernel's
+    (Sedghi et al., https://arxiv.org/abs/1805.10408, and the bound of Tsuzuku et al., https://arxiv.org/abs/1802.04034)."""
+    return float((weight.shape[2] * weight.shape[3]) ** 0.5) if weight.dim() == 4 else 1.0
