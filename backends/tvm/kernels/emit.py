@@ -1,0 +1,163 @@
+"""Building blocks the kernels share: vector loads and stores, ragged tails, register tiles, work splitting.
+
+Kernels are written straight as TIR loops with vector values: what is emitted here is what runs, so nothing is
+left for a scheduler, and a kernel compiles in milliseconds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+Buffer = Any  # a TIR buffer variable
+Index = Any  # an int or a TIR index expression
+Shape = Sequence[Index]
+
+# Work (multiply-adds or elements) below which waking the other threads costs more than it saves.
+PARALLEL_WORK = 1 << 16
+
+
+@contextmanager
+def prim_func(name: str) -> Iterator["Function"]:
+    """Build one PrimFunc inside the ``with``; afterwards ``.func`` holds it."""
+    result = Function()
+    with IRBuilder() as builder:
+        with T.prim_func(is_private=True):
+            T.func_name(name)
+            # Opaque to operator fusion, and known to the default schedule as already scheduled.
+            T.func_attr({"op_pattern": 8, "tirx.noalias": True, "t3c.schedule": f"kernel template: {name}"})
+            yield result
+    result.func = builder.get()
+
+
+class Function:
+    """The PrimFunc under construction."""
+
+    func: tvm.tirx.PrimFunc
+
+    def args(self, **arguments: tuple[Shape, str] | None) -> list[Buffer]:
+        """Declare the arguments in order as name=(shape, dtype), or None for one left out; each as a flat buffer."""
+        whole = [a and (T.arg(name, T.buffer(tuple(a[0]), a[1])), a) for name, a in arguments.items()]
+        return [w and T.decl_buffer((product(w[1][0]),), w[1][1], data=w[0].data) for w in whole]
+
+
+def product(values: Shape) -> Index:
+    total: Index = 1
+    for value in values:
+        total = total * value
+    return total
+
+
+def ceil_div(value: Index, divisor: int) -> Index:
+    return (value + divisor - 1) // divisor
+
+
+def static(value: Index) -> int | None:
+    """``value`` as an int where it is known at compile time."""
+    if isinstance(value, int):
+        return value
+    return int(value.value) if isinstance(value, tvm.tirx.IntImm) else None
+
+
+def known(value: Index) -> Index:
+    """``value`` as a plain int where it is known."""
+    number = static(value)
+    return value if number is None else number
+
+
+def vec(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def fill(value: Expr, lanes: int) -> Expr:
+    return value if lanes == 1 else T.broadcast(value, lanes)
+
+
+def load(buffer: Buffer, index: Index, lanes: int) -> Expr:
+    return buffer[index] if lanes == 1 else buffer[T.ramp(index, 1, lanes)]
+
+
+def store(buffer: Buffer, index: Index, value: Expr, lanes: int) -> None:
+    T.buffer_store(buffer, value, [index if lanes == 1 else T.ramp(index, 1, lanes)])
+
+
+def load_partial(buffer: Buffer, index: Index, lanes: int, valid: int) -> Expr:
+    """The first ``valid`` of ``lanes`` elements at ``index``, the others zero, touching nothing past them."""
+    if valid == lanes:
+        return load(buffer, index, lanes)
+    spill = T.alloc_buffer((lanes,), buffer.dtype)
+    store(spill, 0, fill(T.cast(0, buffer.dtype), lanes), lanes)
+    for lane in range(valid):
+        T.buffer_store(spill, buffer[index + lane], [lane])
+    return load(spill, 0, lanes)
+
+
+def store_partial(buffer: Buffer, index: Index, value: Expr, lanes: int, valid: int) -> None:
+    """Store the first ``valid`` of ``lanes`` elements."""
+    if valid == lanes:
+        store(buffer, index, value, lanes)
+        return
+    spill = T.alloc_buffer((lanes,), buffer.dtype)
+    store(spill, 0, value, lanes)
+    for lane in range(valid):
+        T.buffer_store(buffer, spill[lane], [index + lane])
+
+
+def chunks(total: Index, lanes: int, body: Callable[[Index, int], None]) -> None:
+    """Call ``body(index, lanes)`` over ``total`` elements: whole vectors, then single elements."""
+    whole = total // lanes
+    if static(whole) != 0:
+        with T.serial(0, whole) as i:
+            body(i * lanes, lanes)
+    rest = total - whole * lanes
+    if static(rest) != 0:
+        with T.serial(0, rest) as i:
+            body(whole * lanes + i, 1)
+
+
+def tasks(count: Index, work: Index) -> Any:
+    """A loop over ``count`` independent tasks, parallel where ``work`` in all is worth it (or not known)."""
+    number = static(work)
+    if static(count) == 1 or (number is not None and number < PARALLEL_WORK):
+        return T.serial(0, count)
+    return T.parallel(0, count)
+
+
+def when(condition: Expr | bool, body: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+    """``body`` under ``condition``, which may be known already."""
+    if isinstance(condition, bool):
+        if condition:
+            body()
+        elif otherwise is not None:
+            otherwise()
+        return
+    with T.If(condition):
+        with T.Then():
+            body()
+        if otherwise is not None:
+            with T.Else():
+                otherwise()
+
+
+def accumulators(rows: int, vectors: int, lanes: int, dtype: str) -> list[list[Buffer]]:
+    """One small buffer a register: LLVM promotes each to a vector register."""
+    return [[T.alloc_buffer((lanes,), dtype) for _ in range(vectors)] for _ in range(rows)]
+
+
+def top_bits(weights: Expr, bits: int, lanes: int) -> Expr:
+    """``keep_top_bits`` on an int8 vector: round to the nearest multiple of ``2**(8 - bits)``, no overflow within +-119."""
+    if bits == 8:
+        return weights
+    step = 1 << (8 - bits)
+    return (weights + T.broadcast(T.int8(step // 2), lanes)) & T.broadcast(T.int8(-step), lanes)
+
+
+def requantize(acc: Expr, multiplier: Expr, lanes: int) -> Expr:
+    """Symmetric int8 of int32 ``acc`` times float32 ``multiplier``, as int32 lanes in [-127, 127], ties to even."""
+    scaled = T.nearbyint(T.cast(acc, vec("float32", lanes)) * multiplier)
+    clamped = T.max(T.min(scaled, fill(T.float32(127), lanes)), fill(T.float32(-127), lanes))
+    return T.cast(clamped, vec("int32", lanes))

@@ -1,0 +1,159 @@
+"""The int8 row-by-column product every quantized linear layer is made of.
+
+Activations lie row-major as int8 (or uint8 with 128 added, where the dot product wants it), weights in the ``quads``
+layout. A tile of rows x vectors of int32 accumulators stays in registers for the whole reduction. Because activations carry an
+offset, each tile starts from ``-offset * sum(weights)``, summed once per panel by the same dot instruction: that holds for any rank
+prefix and any width, and needs nothing stored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from t3c_compile.backends.tvm.kernels.emit import (
+    Buffer,
+    Index,
+    accumulators,
+    ceil_div,
+    chunks,
+    fill,
+    load,
+    product,
+    static,
+    store,
+    tasks,
+    top_bits,
+    vec,
+    when,
+)
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+
+# store(row, column, valid lanes, int32 sums)
+Epilogue = Callable[[Index, Index, int, Expr], None]
+
+_CHUNK_ROWS = 96  # rows a task, so that a panel's weight sums are paid back
+SPARE_ROWS = 16  # rows past the end that a tile may read
+
+
+@dataclass(frozen=True)
+class Product:
+    """``rows x columns`` over ``inputs``; ``stored_inputs`` is the packed buffer's full reduction length."""
+
+    rows: Index
+    columns: int
+    inputs: int
+    stored_inputs: int
+    zero_point: int
+    bits: int
+
+
+def row_stride(inputs: int) -> int:
+    """Bytes a row of prepared activations."""
+    return ceil_div(inputs, BLOCK) * BLOCK
+
+
+def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Buffer:
+    """Copy int8 ``x`` [rows, inputs] to the form ``multiply`` reads: offset added, rows padded."""
+    stride, lanes = row_stride(inputs), isa.lanes * QUAD
+    prepared = T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype)
+
+    def convert(value: Expr, n: int) -> Expr:
+        if not isa.unsigned:
+            return value
+        return T.reinterpret(vec("uint8", n), value) ^ fill(T.uint8(128), n)
+
+    with tasks(rows, product((rows, inputs))) as row:
+        chunks(
+            inputs, lanes, lambda i, n: store(prepared, row * stride + i, convert(load(x, row * inputs + i, n), n), n)
+        )
+        if inputs % QUAD:
+            with T.serial(0, QUAD - inputs % QUAD) as i:
+                T.buffer_store(prepared, T.cast(0, isa.activation_dtype), [row * stride + inputs + i])
+    return prepared
+
+
+def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:
+    """A vector of weight words at byte ``index``, rounded to ``bits``."""
+    lanes = isa.lanes * QUAD
+    return T.bind(top_bits(load(weights, index, lanes), bits, lanes))
+
+
+def spread_word(isa: Isa, buffer: Buffer, index: Index) -> Expr:
+    """The four bytes at ``index`` in every lane."""
+    word = T.reinterpret("int32", load(buffer, index, QUAD))
+    return T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.broadcast(word, isa.lanes))
+
+
+def weight_sums(isa: Isa, weights: Buffer, at: Callable[[int, Index], Index], quads: Index, vectors: int, bits: int) -> list[Buffer]:
+    """Per lane sums of the weight words ``at(vector, quad)``, one small int32 buffer a vector."""
+    lanes = isa.lanes
+    sums = accumulators(1, vectors, lanes, "int32")[0]
+    ones = fill(T.cast(1, isa.activation_dtype), lanes * QUAD)
+    for total in sums:
+        store(total, 0, fill(T.int32(0), lanes), lanes)
+    with T.serial(0, quads) as k:
+        for v, total in enumerate(sums):
+            word = weight_words(isa, weights, at(v, k), bits)
+            store(total, 0, isa.dot(load(total, 0, lanes), ones, word), lanes)
+    return sums
+
+
+def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogue: Epilogue) -> None:
+    """Emit the product; ``epilogue`` gets each vector of ``sum((x - zero_point) * weight)``."""
+    width = isa.panel() * isa.lanes
+    whole, rest = divmod(p.columns, width)
+    panels = ceil_div(p.columns, width)
+    row_chunks = ceil_div(p.rows, _CHUNK_ROWS)
+    with tasks(panels * row_chunks, product((p.rows, p.columns, p.inputs))) as task:
+        panel = T.bind(task // row_chunks)
+        first = T.bind((task % row_chunks) * _CHUNK_ROWS)
+
+        def emit(columns: int) -> None:
+            _panel(isa, p, activations, weights, epilogue, panel * width, columns, first)
+
+        if whole and rest:
+            when(panel < whole, lambda: emit(width), lambda: emit(rest))
+        else:
+            emit(width if whole else rest)
+
+
+def _panel(
+    isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogue: Epilogue, column: Index, columns: int, first: Index
+) -> None:
+    lanes, stride = isa.lanes, row_stride(p.inputs)
+    vectors = ceil_div(columns, lanes)
+    rows = isa.tile_rows(vectors)
+    block_bytes = ceil_div(p.stored_inputs, QUAD) * BLOCK * QUAD
+    quads = ceil_div(p.inputs, QUAD)
+    offset = isa.offset + p.zero_point
+
+    def at(v: int, k: Index) -> Index:
+        lane = column + v * lanes
+        return (lane // BLOCK) * block_bytes + k * (BLOCK * QUAD) + (lane % BLOCK) * QUAD
+
+    sums = weight_sums(isa, weights, at, quads, vectors, p.bits) if offset else None
+    count = static(p.rows)
+    last = T.min(first + _CHUNK_ROWS, p.rows) if count is None or count > _CHUNK_ROWS else count
+    with T.serial(0, ceil_div(last - first, rows)) as tile:
+        row = T.bind(first + tile * rows)
+        acc = accumulators(rows, vectors, lanes, "int32")
+        for line in acc:
+            for v, cell in enumerate(line):
+                start = fill(T.int32(0), lanes) if sums is None else load(sums[v], 0, lanes) * fill(T.int32(-offset), lanes)
+                store(cell, 0, start, lanes)
+        with T.serial(0, quads) as k:
+            words = [weight_words(isa, weights, at(v, k), p.bits) for v in range(vectors)]
+            for r, line in enumerate(acc):
+                x = T.bind(spread_word(isa, activations, (row + r) * stride + k * QUAD))
+                for cell, word in zip(line, words, strict=True):
+                    store(cell, 0, isa.dot(load(cell, 0, lanes), x, word), lanes)
+        for r, line in enumerate(acc):
+
+            def finish(r: int = r, line: list[Buffer] = line) -> None:
+                for v, cell in enumerate(line):
+                    epilogue(row + r, column + v * lanes, min(lanes, columns - v * lanes), load(cell, 0, lanes))
+
+            always = count is not None and count % rows == 0 and _CHUNK_ROWS % rows == 0
+            when(True if always else row + r < last, finish)

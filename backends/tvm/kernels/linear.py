@@ -1,0 +1,117 @@
+"""``t3c::int8_linear`` and ``t3c::svd_linear``: one or two int8 products in one kernel, the middle kept in int8."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from t3c_compile.backends.tvm.kernels.emit import (
+    Index,
+    Shape,
+    fill,
+    known,
+    load_partial,
+    prim_func,
+    product,
+    requantize,
+    store,
+    store_partial,
+    vec,
+)
+from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS, Product, multiply, prepare_rows, row_stride
+from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A quantized linear: ``lead`` dimensions (may be symbolic), sizes and the op's numbers.
+
+    ``max_rank``, ``rank`` and ``h_scale`` are those of ``svd_linear`` and 0 for ``int8_linear``.
+    """
+
+    lead: Shape
+    inputs: int
+    outputs: int
+    x_scale: float
+    zero_point: int
+    bits: int
+    gain: bool = True
+    bias: bool = False
+    max_rank: int = 0
+    rank: int = 0
+    h_scale: float = 0.0
+
+    @property
+    def rows(self) -> Index:
+        return known(product(self.lead))
+
+
+def float32(value: float) -> tvm.tirx.FloatImm:
+    return T.float32(float(np.float32(value)))
+
+
+def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
+    """(int8 x [..., n], packed int8 weight, float32 scale [m], float32 bias [m] if any, float32 y [..., m])."""
+    with prim_func("int8_linear") as function:
+        x, weight, scale, bias, y = function.args(
+            x=((*s.lead, s.inputs), "int8"),
+            weight=(quads_of_matrix((s.outputs, s.inputs)).shape, "int8"),
+            scale=((s.outputs,), "float32"),
+            bias=((s.outputs,), "float32") if s.bias else None,
+            y=((*s.lead, s.outputs), "float32"),
+        )
+        lanes = isa.lanes
+
+        def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
+            gain = load_partial(scale, column, lanes, valid) * fill(float32(s.x_scale), lanes)
+            value = T.cast(acc, vec("float32", lanes)) * gain
+            if bias is not None:
+                value = value + load_partial(bias, column, lanes, valid)
+            store_partial(y, row * s.outputs + column, value, lanes, valid)
+
+        activations = prepare_rows(isa, x, s.rows, s.inputs)
+        shape = Product(s.rows, s.outputs, s.inputs, s.inputs, s.zero_point, s.bits)
+        multiply(isa, shape, activations, weight, epilogue)
+    return function.func
+
+
+def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
+    """(int8 x [..., n], packed v, packed u, mid_scale [R], out_gain [m] if any, bias [m] if any, float32 y [..., m])."""
+    with prim_func("svd_linear") as function:
+        x, v, u, mid_scale, gain, bias, y = function.args(
+            x=((*s.lead, s.inputs), "int8"),
+            v=(quads_of_matrix((s.max_rank, s.inputs)).shape, "int8"),
+            u=(quads_of_matrix((s.max_rank, s.outputs), transposed=True).shape, "int8"),
+            mid_scale=((s.max_rank,), "float32"),
+            out_gain=((s.outputs,), "float32") if s.gain else None,
+            bias=((s.outputs,), "float32") if s.bias else None,
+            y=((*s.lead, s.outputs), "float32"),
+        )
+        lanes, stride = isa.lanes, row_stride(s.rank)
+
+        activations = prepare_rows(isa, x, s.rows, s.inputs)
+        middle = T.alloc_buffer(((s.rows + SPARE_ROWS) * stride,), isa.activation_dtype)
+
+        def keep(row: Index, column: Index, valid: int, acc: Expr) -> None:
+            factor = load_partial(mid_scale, column, lanes, valid) * fill(float32(s.x_scale / s.h_scale), lanes)
+            h = requantize(acc, factor, lanes)
+            # Lanes past the rank are zero (their mid_scale is), as the next product needs.
+            h = T.cast(h + fill(T.int32(isa.offset), lanes), vec(isa.activation_dtype, lanes))
+            store(middle, row * stride + column, h, lanes)
+
+        def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
+            value = T.cast(acc, vec("float32", lanes)) * fill(float32(s.h_scale), lanes)
+            if gain is not None:
+                value = value * load_partial(gain, column, lanes, valid)
+            if bias is not None:
+                value = value + load_partial(bias, column, lanes, valid)
+            store_partial(y, row * s.outputs + column, value, lanes, valid)
+
+        first = Product(s.rows, s.rank, s.inputs, s.inputs, s.zero_point, s.bits)
+        multiply(isa, first, activations, v, keep)
+        second = Product(s.rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
+        multiply(isa, second, middle, u, epilogue)
+    return function.func

@@ -1,0 +1,74 @@
+"""``t3c::quantize_int8`` and ``t3c::dequantize_int8``: element-wise, any shape, dynamic dimensions allowed."""
+
+from collections.abc import Callable
+
+import numpy as np
+import tvm
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from t3c_compile.backends.tvm.kernels.emit import (
+    PARALLEL_WORK,
+    Index,
+    Shape,
+    ceil_div,
+    chunks,
+    fill,
+    known,
+    load,
+    prim_func,
+    product,
+    static,
+    store,
+    vec,
+    when,
+)
+from t3c_compile.backends.tvm.kernels.isa import Isa
+
+# Elements a task: small enough to share out, large enough to pay for the hand-over.
+_TASK = 16384
+
+
+def _elementwise(
+    name: str, shape: Shape, source: str, result: str, lanes: int, convert: Callable[[Expr, int], Expr]
+) -> tvm.tirx.PrimFunc:
+    total: Index = known(product(shape))
+    with prim_func(name) as function:
+        x, y = function.args(x=(shape, source), y=(shape, result))
+
+        def block(start: Index, count: Index) -> None:
+            chunks(count, lanes, lambda i, n: store(y, start + i, convert(load(x, start + i, n), n), n))
+
+        size = static(total)
+        if size is not None and size < PARALLEL_WORK:
+            block(0, total)
+        else:
+            whole = ceil_div(total, _TASK)
+            with T.parallel(0, whole) as task:
+                start = task * _TASK
+                when(start + _TASK <= total, lambda: block(start, _TASK), lambda: block(start, total - start))
+    return function.func
+
+
+def quantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
+    """(float32 x, int8 y), both ``shape``: ``clamp(rint(x * float32(1 / scale)) + zero_point, -128, 127)``."""
+    inverse = float(np.float32(1.0 / scale))
+
+    def convert(x: Expr, lanes: int) -> Expr:
+        # Clamping before the cast keeps huge inputs defined.
+        q = T.nearbyint(x * fill(T.float32(inverse), lanes)) + fill(T.float32(zero_point), lanes)
+        q = T.max(T.min(q, fill(T.float32(127), lanes)), fill(T.float32(-128), lanes))
+        return T.cast(T.cast(q, vec("int32", lanes)), vec("int8", lanes))
+
+    return _elementwise("quantize_int8", shape, "float32", "int8", isa.lanes, convert)
+
+
+def dequantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
+    """(int8 q, float32 y), both ``shape``: ``(q - zero_point) * scale``."""
+    scale32 = float(np.float32(scale))
+
+    def convert(q: Expr, lanes: int) -> Expr:
+        value = T.cast(q, vec("float32", lanes)) - fill(T.float32(zero_point), lanes)
+        return value * fill(T.float32(scale32), lanes)
+
+    return _elementwise("dequantize_int8", shape, "int8", "float32", isa.lanes, convert)
