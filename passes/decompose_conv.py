@@ -16,6 +16,9 @@ from t3c_compile.passes.find_elastic_layers import Candidate
 from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
 
 
+_CP_BLOCK = 8
+
+
 @dataclass(frozen=True)
 class DecomposeConv(Pass):
     """Replaces each conv2d candidate; every form is exact at its max rank.
@@ -59,20 +62,23 @@ def tucker2_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def cp_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``V`` [R, I], ``core`` [R, kh, kw], ``U`` [O, R] of a kernel [O, I, kh, kw], exact at R.
 
-    The first components come from alternating least squares at the rank where CP stops paying; what they leave is
-    written exactly, as the SVD of the rest at every kernel position. Each part is sorted by energy.
+    The first components come from alternating least squares, up to the rank where CP stops paying and a few at a time
+    on what the ones before left, so that every prefix of whole blocks is a better fit than the last. What they leave
+    is written exactly, as the SVD of the rest at every kernel position.
     """
     out, inner, kh, kw = weight.shape
     kernel = weight.detach().to(torch.float64).reshape(out, inner, kh * kw)
     paying = max(1, kernel.numel() // (out + inner + kh * kw))
-    head = min(paying, out * inner)
+    rest, blocks = kernel, []
     with tensorly.backend_context("pytorch"):
-        scale, (u, v, s) = parafac(
-            kernel, rank=head, n_iter_max=100, normalize_factors=True, init="random", random_state=0
-        )
-    order = torch.argsort(scale, descending=True)
-    u, v, s = (u * scale)[:, order], v[:, order], s[:, order]
-    rest = kernel - torch.einsum("or,ir,pr->oip", u, v, s)
+        for _ in range(0, min(paying, out * inner), _CP_BLOCK):
+            scale, (u, v, s) = parafac(
+                rest, rank=_CP_BLOCK, n_iter_max=50, normalize_factors=True, init="random", random_state=0
+            )
+            order = torch.argsort(scale, descending=True)
+            blocks.append(((u * scale)[:, order], v[:, order], s[:, order]))
+            rest = rest - torch.einsum("or,ir,pr->oip", *blocks[-1])
+    u, v, s = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
     tail_u, tail_s, tail_v = torch.linalg.svd(rest.permute(2, 0, 1), full_matrices=False)
     positions = torch.eye(kh * kw, dtype=torch.float64).repeat_interleave(tail_s.shape[1], dim=1)
     tail = (tail_u * tail_s[:, None, :]).permute(1, 0, 2).reshape(out, -1)

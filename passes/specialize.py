@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from t3c_compile.passes.base import Pass, elastic_calls, erase_dead_attrs
 from t3c_compile.passes.elastic import DenseConv2d, DenseLinear, ElasticLayer, elastic_layers
-from t3c_compile.passes.elastic.conv import ConvGeometry, ConvLayer
+from t3c_compile.passes.elastic.conv import SvdConv2d, ThreeFactorConv2d
 from t3c_compile.passes.elastic.layer import Activation
 from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -103,8 +103,8 @@ def as_dense(layer: ElasticLayer) -> ElasticLayer:
     if layer.form == "dense":
         return layer
     weight = layer.dense_weight()
-    if isinstance(layer, ConvLayer):
-        return DenseConv2d(weight, layer.bias, ConvGeometry(**vars(layer.conv)), groups=1)
+    if isinstance(layer, SvdConv2d | ThreeFactorConv2d):
+        return DenseConv2d(weight, layer.bias, layer.conv, groups=1)
     return DenseLinear(weight, layer.bias)
 
 

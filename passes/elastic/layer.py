@@ -101,6 +101,10 @@ class ElasticLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def middle_norm(self, middle: str, rank: int) -> float:
+        """Operator norm from a middle tensor (in its quantizer's units) to the layer's output at ``rank``."""
+        raise NotImplementedError
+
     def scales(self) -> dict[str, Tensor]:
         """The float32 vectors the deployed op takes beside the factors, at max rank."""
         raise NotImplementedError

@@ -1,0 +1,211 @@
+"""Snap: the budget axis becomes a few nested profiles on a target's grid."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor
+
+from t3c_compile.backends.targets import Target
+from t3c_compile.certificate import SpectralProxy, observed_drift
+from t3c_compile.chain import Grid, chains
+from t3c_compile.cost import option_cost, profile_cost
+from t3c_compile.passes.elastic import elastic_layers
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.option import Option
+from t3c_compile.passes.path_gains import first_tensor
+from t3c_compile.profile import Profile, ProfileSet
+from t3c_compile.transform import observe
+
+Inputs = tuple[Any, ...]
+Levels = dict[str, int]
+
+_STATEMENT = (
+    "To first order, and with activations as on the calibration data, the 2-norm of the difference between this "
+    "profile's logits and the full model's is at most `bound`."
+)
+
+
+class OrderedPolicy(Protocol):
+    """A controller: options for a budget of three fractions (latency, energy, size), monotone in each."""
+
+    def options(self, budget: Tensor) -> dict[str, Option]: ...
+
+
+def grid_of(targets: Sequence[Target]) -> Grid:
+    """The grid of options that every one of ``targets`` can run."""
+    grid = Grid(targets[0].rank_multiple, targets[0].bits)
+    for target in targets[1:]:
+        grid = grid.join(Grid(target.rank_multiple, target.bits))
+    if not grid.bits:
+        raise T3CError(f"targets {', '.join(t.name for t in targets)} have no weight width in common")
+    return grid
+
+
+def snap(
+    model: ElasticGraphModule,
+    calibration: Sequence[Inputs],
+    targets: Sequence[Target],
+    labels: Tensor | None = None,
+    controller: OrderedPolicy | None = None,
+    count: int = 8,
+    progress: bool = False,
+) -> ProfileSet:
+    """Nested profiles of ``model`` on the grid its targets share.
+
+    Every layer climbs its chain one option at a time. With a ``controller`` the climb is what it answers as the budget
+    grows; without, the next upgrade is always the one that saves the most certified error for its cost. ``count``
+    points evenly spaced in cost become profiles; one that costs more than another and is no closer to the full model
+    on the calibration data is dropped, and the notes say so.
+
+    Args:
+        calibration: input tuples, also used to set each profile's activation ranges.
+        labels: class indices of all calibration samples in order, for accuracy.
+    """
+    if not calibration:
+        raise T3CError("snap needs calibration inputs: a few hundred samples of real data")
+    training = model.training
+    model.eval()
+    ladder = chains(model, grid_of(targets))
+    proxy = SpectralProxy(model, calibration)
+    if controller is None:
+        path, order = _greedy_path(model, ladder, proxy, targets[0]), "certified error saved per cost"
+    else:
+        path, order = _controller_path(controller, ladder), "controller"
+    points = _spread(model, ladder, path, targets[0], count)
+    full = _logits(model, calibration)
+    profiles: list[Profile] = []
+    with Progress(disable=not progress, transient=True) as bar:
+        for levels in bar.track(points, description="snap"):
+            options = {name: ladder[name][level] for name, level in levels.items()}
+            profiles.append(_measure(model, options, calibration, full, labels, proxy, targets))
+    model.set_full()
+    model.train(training)
+    kept, notes = drop_dominated(profiles)
+    for index, profile in enumerate(kept):
+        profile.name = f"p{index}"
+    return ProfileSet(kept, order, notes)
+
+
+def _greedy_path(
+    model: ElasticGraphModule, ladder: Mapping[str, tuple[Option, ...]], proxy: SpectralProxy, target: Target
+) -> list[Levels]:
+    """From all-least to all-greatest, one upgrade a step, from a table of errors and costs."""
+    layers = dict(elastic_layers(model))
+    errors = {name: [proxy.layer_error(name, option) for option in chain] for name, chain in ladder.items()}
+    costs = {name: [_scalar_cost(layers[name], option, target) for option in chain] for name, chain in ladder.items()}
+
+    def worth(name: str, level: int) -> float:
+        saved = errors[name][level] - errors[name][level + 1]
+        return saved / max(costs[name][level + 1] - costs[name][level], 1e-12)
+
+    levels = dict.fromkeys(ladder, 0)
+    path = [dict(levels)]
+    while open_layers := [name for name, level in levels.items() if level + 1 < len(ladder[name])]:
+        best = max(open_layers, key=lambda name: worth(name, levels[name]))
+        levels[best] += 1
+        path.append(dict(levels))
+    return path
+
+
+def _controller_path(controller: OrderedPolicy, ladder: Mapping[str, tuple[Option, ...]]) -> list[Levels]:
+    """What the controller answers along the diagonal of budgets, snapped to the ladder; its ends are added."""
+    path = [dict.fromkeys(ladder, 0)]
+    for step in torch.linspace(0, 1, 257):
+        options = controller.options(step.repeat(3))
+        levels = {name: _level_of(options[name], chain) for name, chain in ladder.items()}
+        # Two grids may round differently; the maximum with the point before keeps the path nested.
+        levels = {name: max(level, path[-1][name]) for name, level in levels.items()}
+        if levels != path[-1]:
+            path.append(levels)
+    top = {name: len(chain) - 1 for name, chain in ladder.items()}
+    return path if path[-1] == top else [*path, top]
+
+
+def _level_of(option: Option, chain: tuple[Option, ...]) -> int:
+    """The greatest level of ``chain`` whose rank and bits do not exceed the option's."""
+    fitting = [i for i, o in enumerate(chain) if o.rank <= option.rank and o.bits <= option.bits]
+    return fitting[-1] if fitting else 0
+
+
+def _scalar_cost(layer: Any, option: Option, target: Target) -> float:
+    """One number to divide by: microseconds of arithmetic or memory at the roofline, plus the bytes at memory speed."""
+    cost = option_cost(layer, option, target)
+    return 1e3 * cost.latency_ms + cost.size_bytes / (target.bandwidth_gbps * 1e3)
+
+
+def _spread(
+    model: ElasticGraphModule,
+    ladder: Mapping[str, tuple[Option, ...]],
+    path: list[Levels],
+    target: Target,
+    count: int,
+) -> list[Levels]:
+    """``count`` points of the path, evenly spaced in the logarithm of size, ends included."""
+    sizes = [
+        profile_cost(model, {name: ladder[name][level] for name, level in levels.items()}, target).size_bytes
+        for levels in path
+    ]
+    wanted = torch.logspace(*(float(torch.log10(torch.tensor(s))) for s in (sizes[0], sizes[-1])), count)
+    chosen = sorted({min(range(len(path)), key=lambda i: abs(sizes[i] - float(w))) for w in wanted})
+    return [path[i] for i in chosen]
+
+
+@torch.no_grad()
+def _logits(model: ElasticGraphModule, calibration: Sequence[Inputs]) -> Tensor:
+    return torch.cat([first_tensor(model(*inputs)) for inputs in calibration])
+
+
+def _measure(
+    model: ElasticGraphModule,
+    options: dict[str, Option],
+    calibration: Sequence[Inputs],
+    full: Tensor,
+    labels: Tensor | None,
+    proxy: SpectralProxy,
+    targets: Sequence[Target],
+) -> Profile:
+    model.set_options(options)
+    observe(model, calibration)
+    activations = {name: layer.activations() for name, layer in elastic_layers(model)}
+    logits = _logits(model, calibration)
+    quality = {
+        "kl": float(F.kl_div(logits.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True)),
+        "agreement": float((logits.argmax(-1) == full.argmax(-1)).float().mean()),
+        "drift": float(observed_drift(full, logits).mean()),
+    }
+    if labels is not None:
+        quality["accuracy"] = float((logits.argmax(-1) == labels).float().mean())
+    bounds = proxy.certify(options, activations)
+    costs: dict[str, dict[str, Any]] = {}
+    size = 0.0
+    for target in targets:
+        cost = profile_cost(model, options, target)
+        size = cost.size_bytes
+        costs[target.name] = {
+            "latency_ms": cost.latency_ms,
+            "energy_mj": cost.energy_mj,
+            "source": target.cost_source,
+        }
+    certificate = {"kind": "spectral", "bound": sum(bounds.values()), "layers": bounds, "statement": _STATEMENT}
+    return Profile("", options, activations, round(size), quality, certificate, costs)
+
+
+def drop_dominated(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:
+    """Profiles by rising size whose divergence from the full model falls; the others, and why, in the notes."""
+    kept: list[Profile] = []
+    notes: list[str] = []
+    for profile in profiles:
+        better = next((k for k in kept if k.quality["kl"] <= profile.quality["kl"]), None)
+        # The greatest profile is the top of every chain and stays: it is what the store holds.
+        if better is not None and profile is not profiles[-1]:
+            notes.append(
+                f"a profile of {profile.size_bytes} bytes was dropped: KL {profile.quality['kl']:.2e} on calibration "
+                f"data, no better than {better.quality['kl']:.2e} at {better.size_bytes} bytes"
+            )
+        else:
+            kept.append(profile)
+    return kept, notes
