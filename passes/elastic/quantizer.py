@@ -54,9 +54,12 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("high", torch.tensor(float("-inf")))
 
     def forward(self, x: Tensor, bits: Tensor) -> Tensor:
+        scale, zero_point = self.scale, self.zero_point
         if self.training:
             self._observe(x.detach())
-        quantized: Tensor = fake_quantize(x, self.scale, self.zero_point, bits, -127 if self.symmetric else -128)
+            # Copies: the next call moves the range, and the backward of this one needs its own.
+            scale, zero_point = scale.clone(), zero_point.clone()
+        quantized: Tensor = fake_quantize(x, scale, zero_point, bits, -127 if self.symmetric else -128)
         return quantized
 
     def _observe(self, x: Tensor) -> None:
