@@ -65,7 +65,9 @@ def _x86_64() -> Target:
     if "avx2" in flags and "fma" in flags:
         tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": _cores()}
         return Target("x86_64", "avx2", tvm, None, 8, _BITS, 60.0, 20.0, "roofline: nominal 60 GOP/s a core")
-    raise UnknownTargetError("target x86_64 describes the host, and this host has no AVX2; cross-compile for another target")
+    raise UnknownTargetError(
+        "target x86_64 describes the host, and this host has no AVX2; cross-compile for another target"
+    )
 
 
 def _x86_64_v3() -> Target:
@@ -87,7 +89,9 @@ def _cortex_a76() -> Target:
         "num-cores": 4,
     }
     # Two 128-bit sdot a cycle at 2.4 GHz: 2 * 16 multiply-adds * 2.
-    return Target("cortex-a76", "dotprod", tvm, _ARM_TRIPLE, 8, _BITS, 153.0, 12.0, "roofline: 2 sdot a cycle at 2.4 GHz")
+    return Target(
+        "cortex-a76", "dotprod", tvm, _ARM_TRIPLE, 8, _BITS, 153.0, 12.0, "roofline: 2 sdot a cycle at 2.4 GHz"
+    )
 
 
 _TARGETS: dict[str, Callable[[], Target]] = {
@@ -111,3 +115,22 @@ def get_target(name: str) -> Target:
     except KeyError:
         raise UnknownTargetError(f"unknown target {name!r}; known targets: {', '.join(_TARGETS)}") from None
     return make()
+
+
+# What a CPU must have to run code of each instruction set, as Linux names it.
+_CPU_FEATURES = {
+    "avx512vnni": _VNNI_FLAGS,
+    "avx2": ("avx2", "fma"),
+    "dotprod": ("asimd", "asimddp"),
+    "neon": ("asimd",),
+}
+
+
+def cpu_features(target: Target) -> tuple[str, ...]:
+    """The CPU features a library built for ``target`` needs; the runtime refuses to load it elsewhere."""
+    return _CPU_FEATURES[target.simd]
+
+
+def machine(target: Target) -> str:
+    """The architecture as ``platform.machine()`` has it on Linux: ``x86_64`` or ``aarch64``."""
+    return str(target.tvm["mtriple"]).partition("-")[0]

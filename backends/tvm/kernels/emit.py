@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 Buffer = Any  # a TIR buffer variable
 Index = Any  # an int or a TIR index expression
-Shape = Sequence[Index]
+Shape = Sequence[int | str]
 
 # Work (multiply-adds or elements) below which waking the other threads costs more than it saves.
 PARALLEL_WORK = 1 << 16
@@ -35,21 +35,39 @@ def prim_func(name: str) -> Iterator["Function"]:
 
 
 class Function:
-    """The PrimFunc under construction."""
+    """The PrimFunc under construction. Shapes are ints, or names of symbolic dimensions."""
 
     func: tvm.tirx.PrimFunc
 
+    def __init__(self) -> None:
+        self._symbols: dict[str, tvm.tirx.Var] = {}
+
+    def dims(self, shape: Shape) -> list[Index]:
+        """``shape`` with a TIR variable for each name."""
+        return [self._symbols.setdefault(d, tvm.tirx.Var(d, "int64")) if isinstance(d, str) else d for d in shape]
+
+    def size(self, shape: Shape) -> Index:
+        """Number of elements of ``shape``."""
+        return product(self.dims(shape))
+
     def args(self, **arguments: tuple[Shape, str] | None) -> list[Buffer]:
         """Declare the arguments in order as name=(shape, dtype), or None for one left out; each as a flat buffer."""
-        whole = [a and (T.arg(name, T.buffer(tuple(a[0]), a[1])), a) for name, a in arguments.items()]
-        return [w and T.decl_buffer((product(w[1][0]),), w[1][1], data=w[0].data) for w in whole]
+        whole = [
+            None if a is None else T.arg(name, T.buffer(tuple(self.dims(a[0])), a[1], layout=None))
+            for name, a in arguments.items()
+        ]
+        return [
+            None if w is None else T.decl_buffer((product(w.shape),), w.dtype, data=w.data, layout=None) for w in whole
+        ]
 
 
-def product(values: Shape) -> Index:
+def product(values: Sequence[Index]) -> Index:
+    """Product of ints and expressions, an int where it is known."""
     total: Index = 1
     for value in values:
         total = total * value
-    return total
+    number = static(total)
+    return total if number is None else number
 
 
 def ceil_div(value: Index, divisor: int) -> Index:
@@ -61,12 +79,6 @@ def static(value: Index) -> int | None:
     if isinstance(value, int):
         return value
     return int(value.value) if isinstance(value, tvm.tirx.IntImm) else None
-
-
-def known(value: Index) -> Index:
-    """``value`` as a plain int where it is known."""
-    number = static(value)
-    return value if number is None else number
 
 
 def vec(dtype: str, lanes: int) -> str:

@@ -1,6 +1,7 @@
 """``t3c::int8_linear`` and ``t3c::svd_linear``: one or two int8 products in one kernel, the middle kept in int8."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import tvm
@@ -9,12 +10,9 @@ from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import (
     Index,
-    Shape,
     fill,
-    known,
     load_partial,
     prim_func,
-    product,
     requantize,
     store,
     store_partial,
@@ -27,12 +25,12 @@ from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A quantized linear: ``lead`` dimensions (may be symbolic), sizes and the op's numbers.
+    """A quantized linear: ``lead`` dimensions (a name is a symbolic one), sizes and the op's numbers.
 
     ``max_rank``, ``rank`` and ``h_scale`` are those of ``svd_linear`` and 0 for ``int8_linear``.
     """
 
-    lead: Shape
+    lead: tuple[int | str, ...]
     inputs: int
     outputs: int
     x_scale: float
@@ -44,15 +42,12 @@ class LinearSpec:
     rank: int = 0
     h_scale: float = 0.0
 
-    @property
-    def rows(self) -> Index:
-        return known(product(self.lead))
-
 
 def float32(value: float) -> tvm.tirx.FloatImm:
     return T.float32(float(np.float32(value)))
 
 
+@cache
 def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
     """(int8 x [..., n], packed int8 weight, float32 scale [m], float32 bias [m] if any, float32 y [..., m])."""
     with prim_func("int8_linear") as function:
@@ -63,7 +58,7 @@ def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
             bias=((s.outputs,), "float32") if s.bias else None,
             y=((*s.lead, s.outputs), "float32"),
         )
-        lanes = isa.lanes
+        lanes, rows = isa.lanes, function.size(s.lead)
 
         def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
             gain = load_partial(scale, column, lanes, valid) * fill(float32(s.x_scale), lanes)
@@ -72,12 +67,13 @@ def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
                 value = value + load_partial(bias, column, lanes, valid)
             store_partial(y, row * s.outputs + column, value, lanes, valid)
 
-        activations = prepare_rows(isa, x, s.rows, s.inputs)
-        shape = Product(s.rows, s.outputs, s.inputs, s.inputs, s.zero_point, s.bits)
+        activations = prepare_rows(isa, x, rows, s.inputs)
+        shape = Product(rows, s.outputs, s.inputs, s.inputs, s.zero_point, s.bits)
         multiply(isa, shape, activations, weight, epilogue)
     return function.func
 
 
+@cache
 def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
     """(int8 x [..., n], packed v, packed u, mid_scale [R], out_gain [m] if any, bias [m] if any, float32 y [..., m])."""
     with prim_func("svd_linear") as function:
@@ -90,10 +86,10 @@ def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
             bias=((s.outputs,), "float32") if s.bias else None,
             y=((*s.lead, s.outputs), "float32"),
         )
-        lanes, stride = isa.lanes, row_stride(s.rank)
+        lanes, rows, stride = isa.lanes, function.size(s.lead), row_stride(s.rank)
 
-        activations = prepare_rows(isa, x, s.rows, s.inputs)
-        middle = T.alloc_buffer(((s.rows + SPARE_ROWS) * stride,), isa.activation_dtype)
+        activations = prepare_rows(isa, x, rows, s.inputs)
+        middle = T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype)
 
         def keep(row: Index, column: Index, valid: int, acc: Expr) -> None:
             factor = load_partial(mid_scale, column, lanes, valid) * fill(float32(s.x_scale / s.h_scale), lanes)
@@ -110,8 +106,8 @@ def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
                 value = value + load_partial(bias, column, lanes, valid)
             store_partial(y, row * s.outputs + column, value, lanes, valid)
 
-        first = Product(s.rows, s.rank, s.inputs, s.inputs, s.zero_point, s.bits)
+        first = Product(rows, s.rank, s.inputs, s.inputs, s.zero_point, s.bits)
         multiply(isa, first, activations, v, keep)
-        second = Product(s.rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
+        second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
         multiply(isa, second, middle, u, epilogue)
     return function.func

@@ -1,6 +1,7 @@
 """``t3c::quantize_int8`` and ``t3c::dequantize_int8``: element-wise, any shape, dynamic dimensions allowed."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import tvm
@@ -14,11 +15,8 @@ from t3c_compile.backends.tvm.kernels.emit import (
     ceil_div,
     chunks,
     fill,
-    known,
     load,
     prim_func,
-    product,
-    static,
     store,
     vec,
     when,
@@ -32,15 +30,14 @@ _TASK = 16384
 def _elementwise(
     name: str, shape: Shape, source: str, result: str, lanes: int, convert: Callable[[Expr, int], Expr]
 ) -> tvm.tirx.PrimFunc:
-    total: Index = known(product(shape))
     with prim_func(name) as function:
+        total = function.size(shape)
         x, y = function.args(x=(shape, source), y=(shape, result))
 
         def block(start: Index, count: Index) -> None:
             chunks(count, lanes, lambda i, n: store(y, start + i, convert(load(x, start + i, n), n), n))
 
-        size = static(total)
-        if size is not None and size < PARALLEL_WORK:
+        if isinstance(total, int) and total < PARALLEL_WORK:
             block(0, total)
         else:
             whole = ceil_div(total, _TASK)
@@ -50,6 +47,7 @@ def _elementwise(
     return function.func
 
 
+@cache
 def quantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
     """(float32 x, int8 y), both ``shape``: ``clamp(rint(x * float32(1 / scale)) + zero_point, -128, 127)``."""
     inverse = float(np.float32(1.0 / scale))
@@ -63,6 +61,7 @@ def quantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.
     return _elementwise("quantize_int8", shape, "float32", "int8", isa.lanes, convert)
 
 
+@cache
 def dequantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
     """(int8 q, float32 y), both ``shape``: ``(q - zero_point) * scale``."""
     scale32 = float(np.float32(scale))

@@ -1,0 +1,69 @@
+"""One shared library from the exported programs of a profile set."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tvm
+from tvm import relax
+
+from t3c_compile.backends.targets import Target
+from t3c_compile.backends.tvm.assemble import PACK, TensorInfo, assemble
+from t3c_compile.backends.tvm.kernels.isa import isa_for
+from t3c_compile.backends.tvm.legalize import runtime_pipeline
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a built library holds.
+
+    ``functions``: the VM function of each profile, ``f(*inputs, tensors)``. ``pack_function``: called once with the raw store
+    tensors named by ``raw_parameters`` in that order, it gives the ``tensors`` that every profile function takes.
+    ``kernels``: how each compiled kernel was scheduled, by name.
+    """
+
+    path: Path
+    target: str
+    functions: tuple[str, ...]
+    inputs: tuple[TensorInfo, ...]
+    pack_function: str
+    raw_parameters: tuple[str, ...]
+    kernels: Mapping[str, str]
+
+
+def build_library(programs: Mapping[str, torch.export.ExportedProgram], target: Target, path: Path) -> Library:
+    """Compile ``programs`` (profile function name -> exported program) for ``target`` into a shared library at ``path``.
+
+    All programs take the same inputs and name the same tensors alike in their ``state_dict``. Raises
+    :class:`UnsupportedOpError` where a graph holds an op with no lowering, and ValueError where there is no program or the
+    programs differ in their inputs.
+    """
+    if not programs:
+        raise ValueError("no program to build: give at least one profile")
+    module, inputs, raw = assemble(programs, isa_for(target))
+    kernels = {
+        variable.name_hint: str(function.attrs["t3c.schedule"])
+        for variable, function in module.functions_items()
+        if isinstance(function, tvm.tirx.PrimFunc)
+    }
+    executable = relax.build(module, tvm.target.Target(dict(target.tvm)), relax_pipeline=runtime_pipeline())
+    if target.zig_triple is None:
+        executable.export_library(str(path))
+    else:
+        executable.export_library(str(path), fcompile=_zig_link(target.zig_triple))
+    return Library(path, target.name, tuple(programs), inputs, PACK, raw, kernels)
+
+
+def _zig_link(triple: str) -> Callable[..., None]:
+    """A linker for ``export_library``: any host links for ``triple`` with the zig toolchain from PyPI."""
+
+    def link(output: str, objects: list[str], options: list[str] | None = None) -> None:
+        command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, "-shared", "-o", output, *objects, *(options or [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"linking for {triple} failed:\n{done.stderr}")
+
+    return link

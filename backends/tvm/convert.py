@@ -1,0 +1,178 @@
+"""From an exported program to Relax: the table of ``t3c::`` ops, and the ATen ops that have a kernel of their own.
+
+A converter takes (lowering, arguments by schema name) and gives the Relax expression of the result. Weights are asked for
+by :meth:`Lowering.packed`, which makes a parameter of the packed tensor and records how it comes from the raw one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import tvm
+from torch import fx
+from tvm import relax
+from tvm.relax.frontend.torch import from_exported_program
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+from t3c_compile.backends.tvm.kernels import linear, pack, quantize
+from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.pack import Packing
+
+# A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
+Key = tuple[str, Packing | None]
+Arguments = Mapping[str, Any]
+
+# ATen ops with a converter here, or with a better Relax form than their decomposition.
+_KEPT_WHOLE = (torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default)
+
+
+class UnsupportedOpError(ValueError):
+    """The graph holds ops with no lowering; the message names every node, its op and layer, and the way out."""
+
+
+class Lowering:
+    """One profile on its way to Relax."""
+
+    def __init__(self, isa: Isa, program: torch.export.ExportedProgram) -> None:
+        self.isa = isa
+        self.program = _prepare(program)
+        self.names = {spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target}
+        self.tensors: dict[Key, relax.Var] = {}
+        self._importer: Any = None
+
+    def run(self) -> tvm.IRModule:
+        """Import as ``main(*inputs, *stored)``; the packed tensors of :attr:`tensors` are free variables of its body."""
+        _check_ops(self.program.graph)
+        return from_exported_program(
+            self.program,
+            keep_params_as_input=True,
+            unwrap_unit_return_tuple=True,
+            run_ep_decomposition=False,
+            custom_convert_map={name: self._converter(convert) for name, convert in CONVERTERS.items()},
+        )
+
+    def _converter(self, convert: "Converter") -> Callable[[fx.Node, Any], relax.Var]:
+        def run(node: fx.Node, importer: Any) -> relax.Var:
+            self._importer = importer
+            schema = node.target._schema.arguments  # type: ignore[union-attr]
+            given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+            return convert(self, {a.name: given.get(a.name, a.default_value) for a in schema})
+
+        return run
+
+    def value(self, node: fx.Node) -> relax.Expr:
+        """What ``node`` has become."""
+        return self._importer.env[node]
+
+    def packed(self, node: fx.Node, packing: Packing) -> relax.Var:
+        """The parameter ``node``, packed at load."""
+        key = (self.names[node.name], packing)
+        if key not in self.tensors:
+            self.tensors[key] = relax.Var(f"{node.name}_{packing.layout}", relax.TensorType(packing.shape, packing.dtype))
+        return self.tensors[key]
+
+    def call(self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], dtype: str) -> relax.Var:
+        """Emit a call of ``kernel`` on the arguments that are there, giving one tensor."""
+        builder = self._importer.block_builder
+        function = builder.add_func(kernel, str(kernel.attrs["t3c.schedule"]).rpartition(" ")[2])
+        present = [argument for argument in args if argument is not None]
+        return builder.emit(relax.call_tir(function, present, relax.TensorType(shape, dtype)))
+
+    def optional(self, node: fx.Node | None) -> relax.Expr | None:
+        return None if node is None else self.value(node)
+
+
+Converter = Callable[[Lowering, Arguments], relax.Var]
+
+
+def _prepare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Decompose to what the importer knows, and make every stored buffer a parameter, so that none is baked in."""
+    table = torch.export.default_decompositions()
+    for op in _KEPT_WHOLE:
+        table.pop(op, None)
+    program = program.run_decompositions(table)
+    kinds = torch.export.graph_signature.InputKind
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is kinds.BUFFER and spec.target in program.state_dict:
+            spec.kind = kinds.PARAMETER
+    return program
+
+
+def _check_ops(graph: fx.Graph) -> None:
+    known = ExportedProgramImporter().convert_map.keys() | CONVERTERS.keys()
+    offenders = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target.__name__ not in known:
+            stack = node.meta.get("nn_module_stack")
+            layer = list(stack.values())[-1][0] if stack else ""
+            offenders.append(f"  {node.name}: {node.target}" + (f" in layer {layer!r}" if layer else ""))
+    if offenders:
+        raise UnsupportedOpError(
+            "no lowering for these nodes:\n" + "\n".join(offenders) + "\nWrite the layer with supported ops, run it outside "
+            "the compiled model, or add a converter for the op to CONVERTERS in t3c_compile.backends.tvm.convert."
+        )
+
+
+def shape_of(value: relax.Expr) -> list[Any]:
+    """The shape of a Relax tensor: ints where known, else TIR expressions."""
+    return [int(d.value) if isinstance(d, tvm.tirx.IntImm) else d for d in value.ty.shape.values]
+
+
+def dims(shape: list[Any]) -> tuple[int | str, ...]:
+    """``shape`` as kernels take it: a symbolic dimension by name."""
+    return tuple(d if isinstance(d, int) else str(d) for d in shape)
+
+
+def _quantize(lower: Lowering, a: Arguments) -> relax.Var:
+    shape = shape_of(lower.value(a["x"]))
+    kernel = quantize.quantize(lower.isa, dims(shape), a["scale"], a["zero_point"])
+    return lower.call(kernel, [lower.value(a["x"])], shape, "int8")
+
+
+def _dequantize(lower: Lowering, a: Arguments) -> relax.Var:
+    shape = shape_of(lower.value(a["q"]))
+    kernel = quantize.dequantize(lower.isa, dims(shape), a["scale"], a["zero_point"])
+    return lower.call(kernel, [lower.value(a["q"])], shape, "float32")
+
+
+def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var:
+    x = lower.value(a["x"])
+    *lead, inputs = shape_of(x)
+    weight = lower.packed(a["weight"], pack.quads_of_matrix(tuple(shape_of(lower.value(a["weight"])))))
+    outputs = shape_of(lower.value(a["scale"]))[0]
+    spec = linear.LinearSpec(
+        dims(lead), inputs, outputs, a["x_scale"], a["x_zero_point"], a["bits"], bias=a["bias"] is not None
+    )
+    args = [x, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
+    return lower.call(linear.int8_linear(lower.isa, spec), args, [*lead, outputs], "float32")
+
+
+def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var:
+    x = lower.value(a["x"])
+    *lead, inputs = shape_of(x)
+    max_rank, outputs = shape_of(lower.value(a["u"]))
+    v = lower.packed(a["v"], pack.quads_of_matrix((max_rank, inputs)))
+    u = lower.packed(a["u"], pack.quads_of_matrix((max_rank, outputs), transposed=True))
+    spec = linear.LinearSpec(
+        dims(lead),
+        inputs,
+        outputs,
+        a["x_scale"],
+        a["x_zero_point"],
+        a["bits"],
+        gain=a["out_gain"] is not None,
+        bias=a["bias"] is not None,
+        max_rank=max_rank,
+        rank=a["rank"],
+        h_scale=a["h_scale"],
+    )
+    args = [x, v, u, lower.value(a["mid_scale"]), lower.optional(a["out_gain"]), lower.optional(a["bias"])]
+    return lower.call(linear.svd_linear(lower.isa, spec), args, [*lead, outputs], "float32")
+
+
+CONVERTERS: dict[str, Converter] = {
+    "quantize_int8.default": _quantize,
+    "dequantize_int8.default": _dequantize,
+    "int8_linear.default": _int8_linear,
+    "svd_linear.default": _svd_linear,
+}

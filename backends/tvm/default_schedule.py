@@ -1,0 +1,91 @@
+"""A vectorized, parallel schedule for every PrimFunc that is not one of our kernel templates.
+
+Element-wise stages are inlined; each block left has its outer loops fused and shared out among the threads, and its
+innermost spatial loop vectorized; reductions keep their sums in a vector.
+"""
+
+from math import gcd, prod
+from typing import Any
+
+import tvm
+from tvm import s_tir
+
+from t3c_compile.backends.tvm.kernels.emit import PARALLEL_WORK
+from t3c_compile.backends.tvm.kernels.isa import Isa
+
+_SPATIAL, _REDUCTION = 0, 2  # tirx.IterVar kinds
+
+
+def schedule_module(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
+    """``module`` with each PrimFunc scheduled and carrying ``t3c.schedule``, which says how."""
+    result = tvm.IRModule(dict(module.functions))
+    for variable, function in module.functions_items():
+        if isinstance(function, tvm.tirx.PrimFunc) and "t3c.schedule" not in function.attrs:
+            result.update_func(variable, schedule_default(function, isa.lanes))
+    return result
+
+
+def schedule_default(function: tvm.tirx.PrimFunc, lanes: int) -> tvm.tirx.PrimFunc:
+    """``function`` with the default schedule for vectors of ``lanes`` float32."""
+    schedule = s_tir.Schedule(function)
+    blocks = _inline(schedule, schedule.get_child_blocks(schedule.get_sblock("root")))
+    kinds = {_schedule_block(schedule, block, lanes) for block in blocks}
+    kind = "reduction" if "reduction" in kinds else "elementwise"
+    return schedule.mod["main"].with_attr("t3c.schedule", f"default: {kind}")
+
+
+def _inline(schedule: Any, blocks: list[Any]) -> list[Any]:
+    """Inline every element-wise stage into its consumer; what is left."""
+    left = []
+    for block in blocks[:-1]:
+        if _is_reduction(schedule, block):
+            left.append(block)
+            continue
+        try:
+            schedule.compute_inline(block)
+        except s_tir.ScheduleError:
+            left.append(block)
+    return [*left, blocks[-1]]
+
+
+def _is_reduction(schedule: Any, block: Any) -> bool:
+    return any(int(v.iter_type) == _REDUCTION for v in schedule.get(block).iter_vars)
+
+
+def _extent(schedule: Any, loop: Any) -> int | None:
+    extent = schedule.get(loop).extent
+    return int(extent.value) if isinstance(extent, tvm.tirx.IntImm) else None
+
+
+def _schedule_block(schedule: Any, block: Any, lanes: int) -> str:
+    kinds = [int(v.iter_type) for v in schedule.get(block).iter_vars]
+    loops = schedule.get_loops(block)
+    if not loops:
+        return "elementwise"
+    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
+    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != _SPATIAL]
+    extents = [_extent(schedule, loop) for loop in loops]
+    work = None if None in extents else prod(e for e in extents if e is not None)
+    schedule.reorder(*spatial, *reduction)
+    vector = None
+    if spatial:
+        *outer, inner = spatial
+        # Grow a short innermost loop until it fills a vector.
+        while outer and (size := _extent(schedule, inner)) is not None and size < lanes and _extent(schedule, outer[-1]):
+            inner = schedule.fuse(outer.pop(), inner)
+        size = _extent(schedule, inner)
+        width = 1 if size is None else gcd(size, lanes)
+        if width > 1:
+            rest, vector = schedule.split(inner, [None, width])
+        else:
+            rest = inner
+        shared = schedule.fuse(*outer, rest)
+        if reduction and vector is not None:
+            schedule.reorder(shared, *reduction, vector)
+        if work is None or work >= PARALLEL_WORK:
+            schedule.parallel(shared)
+    if vector is not None:
+        schedule.vectorize(vector)
+    if reduction:
+        schedule.decompose_reduction(block, reduction[0])
+    return "reduction" if reduction else "elementwise"
