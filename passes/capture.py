@@ -38,7 +38,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
         shapes = dynamic_shapes
         inputs = example_inputs
         if dynamic_shapes is None:
-            inputs = _two_rows(example_inputs)
+            inputs = two_rows(example_inputs)
             shapes = tuple({0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
         try:
             evaluated = _export(model, inputs, shapes)
@@ -55,6 +55,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
             module.training = modes[name]
     _rename_clashes(evaluated, trained)
     elastic = ElasticGraphModule(_Both(evaluated, trained), evaluated.graph, trained.graph)
+    elastic.meta["t3c_dynamic_shapes"] = shapes
     if note:
         report_of(elastic).notes.append(note)
     return elastic.train(was_training)
@@ -75,7 +76,7 @@ def _check_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         ) from error
 
 
-def _two_rows(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def two_rows(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Export reads a size of 1 as a constant; a batch of one is doubled so that the batch can stay free."""
     tensors = [x for x in inputs if isinstance(x, Tensor) and x.dim()]
     if not tensors or any(x.shape[0] != 1 for x in tensors):

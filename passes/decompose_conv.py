@@ -15,7 +15,6 @@ from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, SvdConv2d, Tucker2
 from t3c_compile.passes.find_elastic_layers import Candidate
 from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
 
-
 _CP_BLOCK = 8
 
 

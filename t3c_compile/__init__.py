@@ -1,1 +1,54 @@
-"""T3C: one PyTorch checkpoint, many budgets. Importing this package imports neither torch nor the compiler."""
+"""T3C: one PyTorch checkpoint, many budgets.
+
+``transform`` makes a model elastic, ``snap`` its profiles, ``lower`` an artifact; ``load`` runs one. Importing this
+package, and loading an artifact, imports neither torch nor the compiler.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t3c_compile.artifact import lower
+    from t3c_compile.budget import Budget, BudgetError
+    from t3c_compile.manifest import ArtifactError
+    from t3c_compile.passes.errors import T3CError
+    from t3c_compile.runtime import InputError, Session, load
+    from t3c_compile.snap import snap
+    from t3c_compile.train import train
+    from t3c_compile.transform import Config, transform
+
+_HOME = {
+    "ArtifactError": "manifest",
+    "Budget": "budget",
+    "BudgetError": "budget",
+    "Config": "transform",
+    "InputError": "runtime",
+    "Session": "runtime",
+    "T3CError": "passes.errors",
+    "load": "runtime",
+    "lower": "artifact",
+    "snap": "snap",
+    "train": "train",
+    "transform": "transform",
+}
+
+__all__ = [
+    "ArtifactError",
+    "Budget",
+    "BudgetError",
+    "Config",
+    "InputError",
+    "Session",
+    "T3CError",
+    "load",
+    "lower",
+    "snap",
+    "train",
+    "transform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"t3c_compile.{_HOME[name]}"), name)
+    raise AttributeError(f"module 't3c_compile' has no attribute {name!r}")

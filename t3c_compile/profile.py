@@ -63,7 +63,8 @@ class ProfileSet:
             for layer, option in high.options.items():
                 if not option.no_lower_than(low.options[layer]):
                     raise T3CError(
-                        f"profiles are not nested: layer {layer} is {low.options[layer]} in {low.name} and {option} in {high.name}"
+                        f"profiles are not nested: layer {layer} is {low.options[layer]} in {low.name} and "
+                        f"{option} in {high.name}"
                     )
 
     def store_ranks(self) -> dict[str, int]:

@@ -1,0 +1,162 @@
+"""``lower``: an elastic model and its profiles become one artifact, written whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from safetensors.numpy import save_file
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from t3c_compile.backends.targets import Target, cpu_features, get_target, machine
+from t3c_compile.cost import dense_int8_bytes
+from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifest, sha256
+from t3c_compile.passes.capture import two_rows
+from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.specialize import specialize
+from t3c_compile.profile import ProfileSet
+from t3c_compile.runtime import Session, refusal
+
+_TOOLS = ("t3c-compile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
+_WARM_UP, _CALLS = 5, 50
+
+
+def lower(
+    model: ElasticGraphModule,
+    profiles: ProfileSet,
+    targets: Sequence[Target | str],
+    path: str | os.PathLike[str],
+    example_inputs: tuple[Tensor, ...],
+    progress: bool = False,
+) -> Path:
+    """Lower every profile for every target into the artifact ``path`` (a folder, by custom ``NAME.t3c``).
+
+    The folder is written beside its final place and renamed at the end, so an artifact is whole or absent; one that
+    stands at ``path`` already is replaced in that moment. Targets this machine can run are measured (batch 1, 50 calls
+    a profile); the others keep their roofline estimate, and the costs say which.
+
+    Args:
+        example_inputs: what the exported graphs are traced with, as for ``transform``.
+
+    Raises:
+        UnknownTargetError, UnsupportedOpError: before any compiling.
+        ArtifactError: the disk is full or the folder cannot be written.
+    """
+    wanted = [get_target(target) if isinstance(target, str) else target for target in targets]
+    final = Path(path)
+    if not final.parent.is_dir():
+        raise ArtifactError(f"{final.parent} is not a folder: make it first, or choose another output")
+    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir()
+        _write(temporary, model, profiles, wanted, example_inputs, progress)
+        _put_in_place(temporary, final)
+    except OSError as error:
+        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise ArtifactError(f"cannot write {final}: {what}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    if final.exists():
+        old = final.parent / f".{final.name}.{os.getpid()}.old"
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
+
+
+def _write(
+    folder: Path,
+    model: ElasticGraphModule,
+    profiles: ProfileSet,
+    targets: Sequence[Target],
+    example_inputs: tuple[Tensor, ...],
+    progress: bool,
+) -> None:
+    # The compiler takes a second to load; importing it here keeps errors of the arguments at once.
+    from t3c_compile.backends.tvm.build import build_library
+
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("specialize", total=len(targets) + 2)
+        programs, store = export_profiles(model, profiles, example_inputs)
+        save_file({name: tensor.numpy() for name, tensor in store.items()}, folder / STORE)
+        manifest: Manifest = {
+            "schema": SCHEMA,
+            "tools": {tool: version(tool) for tool in _TOOLS},
+            "model": {"dense_int8_bytes": round(dense_int8_bytes(model)), "order": profiles.order},
+            "profiles": [profile.to_json() for profile in profiles.profiles],
+            "targets": {},
+        }
+        (folder / "lib").mkdir()
+        for target in targets:
+            bar.update(task, advance=1, description=f"compile for {target.name}")
+            library = build_library(programs, target, folder / "lib" / f"{target.name}.so")
+            manifest["inputs"] = [{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in library.inputs]
+            manifest["targets"][target.name] = {
+                "machine": machine(target),
+                "features": list(cpu_features(target)),
+                "library": f"lib/{target.name}.so",
+                "functions": list(library.functions),
+                "pack": library.pack_function,
+                "parameters": list(library.raw_parameters),
+                "costs": [dict(profile.costs[target.name]) for profile in profiles.profiles],
+                "kernels": dict(library.kernels),
+            }
+        manifest["files"] = {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+            for name in (STORE, *(entry["library"] for entry in manifest["targets"].values()))
+        }
+        bar.update(task, advance=1, description="measure")
+        _measure(folder, manifest, example_inputs)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def export_profiles(
+    model: ElasticGraphModule, profiles: ProfileSet, example_inputs: tuple[Tensor, ...]
+) -> tuple[dict[str, ExportedProgram], dict[str, Tensor]]:
+    """Every profile as an exported program (by VM function name), and the one store they all read."""
+    programs: dict[str, ExportedProgram] = {}
+    store: dict[str, Tensor] = {}
+    ranks = profiles.store_ranks()
+    shapes = model.meta["t3c_dynamic_shapes"]
+    inputs = two_rows(example_inputs)
+    for index, profile in enumerate(profiles.profiles):
+        graph = specialize(model, profile.options, profile.activations, ranks)
+        programs[f"profile_{index}"] = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
+        store |= {name: tensor.detach().contiguous() for name, tensor in graph.state_dict().items()}
+    return programs, store
+
+
+def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...]) -> None:
+    """Replace the estimated latencies of targets that run here by measured ones (median and 90th percentile)."""
+    inputs = [tensor[:1].numpy() if tensor.dim() else tensor.numpy() for tensor in example_inputs]
+    for name, entry in manifest["targets"].items():
+        if refusal(entry) is not None:
+            continue
+        session = Session(folder, manifest, name)
+        for profile, cost in zip(session.profiles, entry["costs"], strict=True):
+            session.set_profile(profile.name)
+            times = np.array([_timed(session, inputs) for _ in range(_WARM_UP + _CALLS)][_WARM_UP:])
+            cost["latency_ms"] = round(float(np.median(times)), 5)
+            cost["latency_p90_ms"] = round(float(np.percentile(times, 90)), 5)
+            cost["source"] = f"measured on the build machine, batch 1, {_CALLS} calls"
+
+
+def _timed(session: Session, inputs: list[Any]) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    session.run(*inputs)
+    return 1e3 * (time.perf_counter() - start)

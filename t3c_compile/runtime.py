@@ -1,0 +1,256 @@
+"""The runtime: load an artifact, run it, switch profiles between two calls.
+
+Imports numpy and TVM's runtime library alone, neither torch nor the compiler.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t3c_compile.budget import Budget, BudgetError
+from t3c_compile.manifest import STORE, ArtifactError, Manifest, read_manifest
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.store import read_store
+
+Array = np.ndarray[Any, Any]
+
+# From Linux's asm/hwcap.h for arm64.
+_AT_HWCAP = 16
+_ARM_HWCAP = {"asimd": 1, "asimdhp": 10, "asimddp": 20}
+
+# A measured 90th percentile is taken this much larger when it is held against a budget.
+LATENCY_MARGIN = 1.1
+
+
+class InputError(T3CError):
+    """An input of ``run`` has the wrong number, shape or dtype."""
+
+
+@dataclass(frozen=True)
+class ProfileInfo:
+    """One profile of a loaded artifact, on the loaded target.
+
+    ``latency_ms`` is the 90th percentile a call where it was measured, else an estimate; ``latency_source`` says which.
+    ``options`` is by layer: form, rank and bits. ``certificate`` holds ``bound`` (logit 2-norm) and its statement.
+    """
+
+    index: int
+    name: str
+    size_mb: float
+    latency_ms: float
+    latency_source: str
+    energy_mj: float
+    options: Mapping[str, Mapping[str, Any]]
+    quality: Mapping[str, float]
+    certificate: Mapping[str, Any]
+
+    def fits(self, budget: Budget) -> bool:
+        """Whether every limit that ``budget`` names holds, latency with its margin."""
+        return all(limit is None or cost <= limit for cost, limit in self._against(budget).values())
+
+    def _against(self, budget: Budget) -> dict[str, tuple[float, float | None]]:
+        margin = LATENCY_MARGIN if self.latency_source.startswith("measured") else 1.0
+        return {
+            "latency_ms": (self.latency_ms * margin, budget.latency_ms),
+            "energy_mj": (self.energy_mj, budget.energy_mj),
+            "size_mb": (self.size_mb, budget.size_mb),
+        }
+
+    def excess(self, budget: Budget) -> str:
+        """The limits of ``budget`` that do not hold, with the least that would."""
+        over = {k: v for k, v in self._against(budget).items() if v[1] is not None and v[0] > v[1]}
+        return ", ".join(f"{name}={limit:g} (needs {cost:.4g})" for name, (cost, limit) in over.items())
+
+
+def choose(profiles: Sequence[ProfileInfo], budget: Budget) -> ProfileInfo:
+    """The greatest profile that fits.
+
+    Raises:
+        BudgetError: none does; the message says the least that can be met.
+    """
+    for profile in reversed(profiles):
+        if profile.fits(budget):
+            return profile
+    least = profiles[0]
+    raise BudgetError(f"no profile fits the budget: {least.excess(budget)} is below the least profile, {least.name}")
+
+
+class Session:
+    """A loaded artifact. Thread-safe: calls take turns, and each runs one profile from start to end."""
+
+    def __init__(self, folder: Path, manifest: Manifest, target: str) -> None:
+        entry = manifest["targets"][target]
+        self.target: str = target
+        self.inputs: list[dict[str, Any]] = manifest["inputs"]
+        self.profiles: tuple[ProfileInfo, ...] = _profiles(manifest, target)
+        self._active = self.profiles[-1]
+        self._lock = threading.Lock()
+        tvm, vm = _import_runtime()
+        try:
+            library = tvm.load_module(str(folder / entry["library"]))
+        except Exception as error:
+            raise ArtifactError(f"{folder / entry['library']} cannot be loaded: {error}") from error
+        self._device = tvm.cpu()
+        # The naive allocator gives memory back after each call, so profiles of different sizes leave nothing behind.
+        self._vm = vm.VirtualMachine(library, self._device, memory_cfg="naive")
+        self._tensor = tvm.tensor
+        self._functions = [self._vm[name] for name in entry["functions"]]
+        store = read_store(folder / STORE)
+        missing = [name for name in entry["parameters"] if name not in store]
+        if missing:
+            raise ArtifactError(f"{folder / STORE} lacks tensors: {', '.join(missing)}")
+        # Packed once, for all profiles; the mapped store is let go.
+        self._weights = self._vm[entry["pack"]](*[tvm.tensor(store[name]) for name in entry["parameters"]])
+
+    @property
+    def active(self) -> ProfileInfo:
+        """The profile the next call without a budget runs."""
+        return self._active
+
+    def set_budget(self, budget: Budget) -> ProfileInfo:
+        """Make the greatest profile that fits active and return it; :class:`BudgetError` when none fits.
+
+        Switching copies no weight: every profile reads its prefix of the same packed tensors.
+        """
+        self._active = choose(self.profiles, budget)
+        return self._active
+
+    def set_profile(self, name: str) -> ProfileInfo:
+        """Make the profile called ``name`` active; :class:`BudgetError` names those there are."""
+        for profile in self.profiles:
+            if profile.name == name:
+                self._active = profile
+                return profile
+        raise BudgetError(f"there is no profile {name!r}; there are {', '.join(p.name for p in self.profiles)}")
+
+    def run(self, *inputs: Array, budget: Budget | None = None) -> Any:
+        """Run the active profile, after :meth:`set_budget` when ``budget`` is given.
+
+        Args:
+            inputs: numpy arrays as the manifest's ``inputs`` describe them (:attr:`inputs`).
+
+        Returns:
+            The model's output as a numpy array, or a tuple of them.
+
+        Raises:
+            InputError: wrong number, shape or dtype of inputs.
+            BudgetError: no profile fits the budget.
+        """
+        profile = self._active if budget is None else self.set_budget(budget)
+        arrays = self._checked(inputs)
+        with self._lock:
+            tensors = [self._tensor(array) for array in arrays]
+            return _to_numpy(self._functions[profile.index](*tensors, self._weights))
+
+    def _checked(self, inputs: tuple[Array, ...]) -> list[Array]:
+        if len(inputs) != len(self.inputs):
+            raise InputError(f"{len(inputs)} inputs given, the model takes {len(self.inputs)}")
+        free: dict[str, int] = {}
+        for array, expected in zip(inputs, self.inputs, strict=True):
+            name, shape = expected["name"], expected["shape"]
+            if not isinstance(array, np.ndarray) or str(array.dtype) != expected["dtype"]:
+                found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+                raise InputError(f"input {name!r} is {found}, the model takes a numpy array of {expected['dtype']}")
+            same = len(array.shape) == len(shape) and all(
+                size == free.setdefault(want, size) if isinstance(want, str) else size == want
+                for size, want in zip(array.shape, shape, strict=True)
+            )
+            if not same or 0 in array.shape:
+                raise InputError(f"input {name!r} has shape {list(array.shape)}, the model takes {shape}")
+        return [np.ascontiguousarray(array) for array in inputs]
+
+
+def load(path: str | os.PathLike[str], target: str | None = None) -> Session:
+    """Load an artifact for this machine.
+
+    Args:
+        path: the ``NAME.t3c`` folder.
+        target: the target to load when several of the artifact's fit this machine; the first that does by default.
+
+    Raises:
+        ArtifactError: missing, damaged or of a newer schema, or no target of it runs here.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    refusals = {name: refusal(entry) for name, entry in manifest["targets"].items() if target in (None, name)}
+    for name, reason in refusals.items():
+        if reason is None:
+            return Session(folder, manifest, name)
+    if not refusals:
+        raise ArtifactError(f"{folder} has no target {target!r}; it has {', '.join(manifest['targets'])}")
+    raise ArtifactError(
+        f"no target of {folder} runs here: " + "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    )
+
+
+def refusal(entry: Mapping[str, Any]) -> str | None:
+    """Why this machine cannot run a target's library; None when it can."""
+    machine = platform.machine().replace("AMD64", "x86_64").replace("arm64", "aarch64")
+    if entry["machine"] != machine:
+        return f"it is for {entry['machine']}, this is {machine}"
+    missing = [feature for feature in entry.get("features", []) if feature not in cpu_features()]
+    return f"this CPU lacks {', '.join(missing)}" if missing else None
+
+
+def cpu_features() -> frozenset[str]:
+    """CPU features as Linux names them: from ``/proc/cpuinfo`` on x86, from the auxiliary vector on arm64."""
+    if platform.machine() in ("aarch64", "arm64"):
+        # An emulator shows its host's cpuinfo; the auxiliary vector is the program's own.
+        capabilities = ctypes.CDLL(None).getauxval(_AT_HWCAP)
+        return frozenset(name for name, bit in _ARM_HWCAP.items() if capabilities >> bit & 1)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+
+
+def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
+    costs = manifest["targets"][target]["costs"]
+    try:
+        return tuple(
+            ProfileInfo(
+                index=index,
+                name=profile["name"],
+                size_mb=profile["size_bytes"] / 1e6,
+                latency_ms=cost.get("latency_p90_ms", cost["latency_ms"]),
+                latency_source=cost["source"],
+                energy_mj=cost["energy_mj"],
+                options=profile["options"],
+                quality=profile["quality"],
+                certificate=profile["certificate"],
+            )
+            for index, (profile, cost) in enumerate(zip(manifest["profiles"], costs, strict=True))
+        )
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"the manifest is damaged: a profile has no {error}") from error
+
+
+def _import_runtime() -> tuple[Any, Any]:
+    """TVM's runtime. In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM;
+    elsewhere the runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing."""
+    lean = "torch" not in sys.modules and "tvm" not in sys.modules
+    if lean:
+        os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tvm.runtime
+        import tvm.runtime.vm
+    finally:
+        if lean:
+            del sys.modules["torch"]
+    return tvm.runtime, tvm.runtime.vm
+
+
+def _to_numpy(value: Any) -> Any:
+    if hasattr(value, "numpy"):
+        return value.numpy()
+    return tuple(_to_numpy(item) for item in value)
