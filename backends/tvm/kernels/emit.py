@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -158,6 +159,11 @@ def when(condition: Expr | bool, body: Callable[[], None], otherwise: Callable[[
 def accumulators(rows: int, vectors: int, lanes: int, dtype: str) -> list[list[Buffer]]:
     """One small buffer a register: LLVM promotes each to a vector register."""
     return [[T.alloc_buffer((lanes,), dtype) for _ in range(vectors)] for _ in range(rows)]
+
+
+def float32(value: float) -> tvm.tirx.FloatImm:
+    """``value`` rounded once to float32."""
+    return T.float32(float(np.float32(value)))
 
 
 def top_bits(weights: Expr, bits: int, lanes: int) -> Expr:

@@ -86,16 +86,18 @@ def spread_word(isa: Isa, buffer: Buffer, index: Index) -> Expr:
     return T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.broadcast(word, isa.lanes))
 
 
-def weight_sums(isa: Isa, weights: Buffer, at: Callable[[int, Index], Index], quads: Index, vectors: int, bits: int) -> list[Buffer]:
-    """Per lane sums of the weight words ``at(vector, quad)``, one small int32 buffer a vector."""
+def weight_sums(
+    isa: Isa, weights: Buffer, at: Callable[[int, Index, Index], Index], taps: int, quads: int, vectors: int, bits: int
+) -> list[Buffer]:
+    """Per lane sums of the weight words ``at(vector, tap, quad)``, one small int32 buffer a vector."""
     lanes = isa.lanes
     sums = accumulators(1, vectors, lanes, "int32")[0]
     ones = fill(T.cast(1, isa.activation_dtype), lanes * QUAD)
     for total in sums:
         store(total, 0, fill(T.int32(0), lanes), lanes)
-    with T.serial(0, quads) as k:
+    with T.serial(0, taps) as tap, T.serial(0, quads) as k:
         for v, total in enumerate(sums):
-            word = weight_words(isa, weights, at(v, k), bits)
+            word = weight_words(isa, weights, at(v, tap, k), bits)
             store(total, 0, isa.dot(load(total, 0, lanes), ones, word), lanes)
     return sums
 
@@ -129,11 +131,11 @@ def _panel(
     quads = ceil_div(p.inputs, QUAD)
     offset = isa.offset + p.zero_point
 
-    def at(v: int, k: Index) -> Index:
+    def at(v: int, tap: Index, k: Index) -> Index:
         lane = column + v * lanes
         return (lane // BLOCK) * block_bytes + k * (BLOCK * QUAD) + (lane % BLOCK) * QUAD
 
-    sums = weight_sums(isa, weights, at, quads, vectors, p.bits) if offset else None
+    sums = weight_sums(isa, weights, at, 1, quads, vectors, p.bits) if offset else None
     count = static(p.rows)
     last = T.min(first + _CHUNK_ROWS, p.rows) if count is None or count > _CHUNK_ROWS else count
     with T.serial(0, ceil_div(last - first, rows)) as tile:
@@ -144,7 +146,7 @@ def _panel(
                 start = fill(T.int32(0), lanes) if sums is None else load(sums[v], 0, lanes) * fill(T.int32(-offset), lanes)
                 store(cell, 0, start, lanes)
         with T.serial(0, quads) as k:
-            words = [weight_words(isa, weights, at(v, k), p.bits) for v in range(vectors)]
+            words = [weight_words(isa, weights, at(v, 0, k), p.bits) for v in range(vectors)]
             for r, line in enumerate(acc):
                 x = T.bind(spread_word(isa, activations, (row + r) * stride + k * QUAD))
                 for cell, word in zip(line, words, strict=True):

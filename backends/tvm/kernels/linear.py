@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -11,6 +10,7 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.kernels.emit import (
     Index,
     fill,
+    float32,
     load_partial,
     prim_func,
     requantize,
@@ -41,10 +41,6 @@ class LinearSpec:
     max_rank: int = 0
     rank: int = 0
     h_scale: float = 0.0
-
-
-def float32(value: float) -> tvm.tirx.FloatImm:
-    return T.float32(float(np.float32(value)))
 
 
 @cache

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 
-import numpy as np
 import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -15,6 +14,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     ceil_div,
     chunks,
     fill,
+    float32,
     load,
     prim_func,
     store,
@@ -50,24 +50,20 @@ def _elementwise(
 @cache
 def quantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
     """(float32 x, int8 y), both ``shape``: ``clamp(rint(x * float32(1 / scale)) + zero_point, -128, 127)``."""
-    inverse = float(np.float32(1.0 / scale))
-
     def convert(x: Expr, lanes: int) -> Expr:
         # Clamping before the cast keeps huge inputs defined.
-        q = T.nearbyint(x * fill(T.float32(inverse), lanes)) + fill(T.float32(zero_point), lanes)
+        q = T.nearbyint(x * fill(float32(1.0 / scale), lanes)) + fill(T.float32(zero_point), lanes)
         q = T.max(T.min(q, fill(T.float32(127), lanes)), fill(T.float32(-128), lanes))
         return T.cast(T.cast(q, vec("int32", lanes)), vec("int8", lanes))
 
-    return _elementwise("quantize_int8", shape, "float32", "int8", isa.lanes, convert)
+    return _elementwise("quantize", shape, "float32", "int8", isa.lanes, convert)
 
 
 @cache
 def dequantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
     """(int8 q, float32 y), both ``shape``: ``(q - zero_point) * scale``."""
-    scale32 = float(np.float32(scale))
-
     def convert(q: Expr, lanes: int) -> Expr:
         value = T.cast(q, vec("float32", lanes)) - fill(T.float32(zero_point), lanes)
-        return value * fill(T.float32(scale32), lanes)
+        return value * fill(float32(scale), lanes)
 
-    return _elementwise("dequantize_int8", shape, "int8", "float32", isa.lanes, convert)
+    return _elementwise("dequantize", shape, "int8", "float32", isa.lanes, convert)

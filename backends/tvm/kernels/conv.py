@@ -1,0 +1,179 @@
+"""The convolution ops: dense and depthwise ``int8_conv2d``, and the SVD, Tucker-2 and CP chains, each one kernel.
+
+Every image of the batch goes through the stages in turn; middles stay in int8 scratch.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import tvm
+from tvm.tirx.script.builder import ir as T
+
+from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, prim_func
+from t3c_compile.backends.tvm.kernels.epilogues import ToImage, ToWords
+from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
+from t3c_compile.backends.tvm.kernels.pack import quads_of_conv, quads_of_matrix
+from t3c_compile.backends.tvm.kernels.pixels import Planes, convolve, depthwise
+from t3c_compile.backends.tvm.kernels.window import SLACK, Window, channel_words, pointwise, spread
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """``int8_conv2d``: batch size (or the name of a symbolic one), channels, geometry and the op's numbers."""
+
+    batch: int | str
+    channels: int
+    outputs: int
+    window: Window
+    groups: int
+    x_scale: float
+    zero_point: int
+    bits: int
+    bias: bool
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.channels == self.outputs and self.groups > 1
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """A factorized convolution. ``form``: svd, tucker2 or cp. ``ranks``: the greatest (input, output) ranks; svd and cp have one."""
+
+    form: str
+    batch: int | str
+    channels: int
+    outputs: int
+    window: Window
+    ranks: tuple[int, int]
+    rank: int
+    bits: int
+    x_scale: float
+    zero_point: int
+    h_scale: float
+    g_scale: float
+    gain: bool
+    bias: bool
+
+
+def _read_image(
+    isa: Isa, x: Buffer, batch: Index, channels: int, groups: int, window: Window, zero_point: int
+) -> Planes:
+    """Spread image ``batch`` of int8 NCHW ``x``, each group's channels in words of their own."""
+    per_group = channels // groups
+    quads, rest = ceil_div(per_group, QUAD), per_group % QUAD
+    size = window.size[0] * window.size[1]
+    base = batch * (channels * size)
+
+    def word(quad: Index, y: Index, column: Index, lanes: int, step: int) -> object:
+        channel = quad // quads * per_group + quad % quads * QUAD
+        pixel = y * window.size[1] + column
+        full = channel_words(isa, x, base, size, QUAD)
+        if rest == 0:
+            return full(channel, pixel, lanes, step)
+        part = channel_words(isa, x, base, size, rest)
+        if quads == 1:
+            return part(channel, pixel, lanes, step)
+        return T.if_then_else(quad % quads < quads - 1, full(channel, pixel, lanes, step), part(channel, pixel, lanes, step))
+
+    words = spread(isa, window, groups * quads, word, zero_point)
+    return Planes(words, window.plane_words, quads, zero_point, groups)
+
+
+def _middle(isa: Isa, channels: int, pixels: int) -> Planes:
+    """Scratch for ``channels`` of int8 words, ``pixels`` each."""
+    quads, stride = ceil_div(channels, QUAD), pixels + SLACK
+    return Planes(T.alloc_buffer((quads * stride + SLACK,), "int32"), stride, quads, 0)
+
+
+@cache
+def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
+    """(int8 x [N, C, H, W], weight, float32 scale [O], float32 bias [O] if any, float32 y [N, O, H', W']).
+
+    ``weight`` is packed by ``quads_of_conv``; for a depthwise convolution it is the raw [O, 1, kh, kw].
+    """
+    w = s.window
+    raw = (s.outputs, s.channels // s.groups, *w.kernel)
+    packing = quads_of_conv(raw, s.groups)
+    with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d") as function:
+        x, weight, scale, bias, y = function.args(
+            x=((s.batch, s.channels, *w.size), "int8"),
+            weight=(raw if s.is_depthwise else packing.shape, "int8"),
+            scale=((s.outputs,), "float32"),
+            bias=((s.outputs,), "float32") if s.bias else None,
+            y=((s.batch, s.outputs, *w.out), "float32"),
+        )
+        with T.serial(0, function.size((s.batch,))) as n:
+            base = n * (s.outputs * w.out[0] * w.out[1])
+            if s.is_depthwise:
+                planes = _read_image(isa, x, n, s.channels, 1, w, s.zero_point)
+                done = ToImage(isa, w, y, base, s.x_scale, scale, bias, gain_first=True)
+                depthwise(isa, w, planes, weight, s.channels, s.bits, done)
+            else:
+                seen = pointwise(w.size[0] * w.size[1]) if _is_pointwise(w) else w
+                planes = _read_image(isa, x, n, s.channels, s.groups, seen, s.zero_point)
+                done = ToImage(isa, seen, y, base, s.x_scale, scale, bias, gain_first=True)
+                convolve(isa, seen, planes, weight, planes.quads, s.outputs // s.groups, s.bits, done)
+    return function.func
+
+
+def _is_pointwise(w: Window) -> bool:
+    return w.kernel == (1, 1) and w.stride == (1, 1) and w.padding == (0, 0)
+
+
+@cache
+def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
+    """(int8 x, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain and bias if any, float32 y).
+
+    ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), a Tucker core by ``quads_of_conv``; a CP core is raw.
+    """
+    w = s.window
+    (r_in, r_out), svd = s.ranks, s.form == "svd"
+    k_in = min(s.rank, r_in)
+    size, out = w.size[0] * w.size[1], w.out[0] * w.out[1]
+    core_shape = (r_in, *w.kernel) if s.form == "cp" else quads_of_conv((r_out, r_in, *w.kernel)).shape
+    with prim_func(f"{s.form}_conv") as function:
+        x, v, core, u, mid_scale, core_scale, gain, bias, y = function.args(
+            x=((s.batch, s.channels, *w.size), "int8"),
+            v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
+            core=None if svd else (core_shape, "int8"),
+            u=(quads_of_matrix((r_out, s.outputs), transposed=True).shape, "int8"),
+            mid_scale=((r_in,), "float32"),
+            core_scale=None if svd else ((r_out,), "float32"),
+            out_gain=((s.outputs,), "float32") if s.gain else None,
+            bias=((s.outputs,), "float32") if s.bias else None,
+            y=((s.batch, s.outputs, *w.out), "float32"),
+        )
+        with T.serial(0, function.size((s.batch,))) as n:
+            # The 1x1 stages see the image as one row; an SVD's stride is taken as the image is read.
+            first = w if svd and not _is_pointwise(w) else pointwise(size)
+            image = _read_image(isa, x, n, s.channels, 1, first, s.zero_point)
+            h = _middle(isa, k_in, first.pixels)
+            to_h = ToWords(isa, h.buffer, h.stride, mid_scale, s.x_scale / s.h_scale)
+            convolve(isa, first, image, v, image.quads, k_in, s.bits, to_h)
+            last, seen, scale = h, first, s.h_scale
+            if not svd:
+                # The core's output keeps the columns that its window drops; the last stage drops them.
+                last, seen, scale = _core(isa, s, h, core, core_scale), w, s.g_scale
+            done = ToImage(isa, seen, y, n * (s.outputs * out), scale, gain, bias, gain_first=False)
+            convolve(isa, seen, last, u, ceil_div(r_out, QUAD), s.outputs, s.bits, done, as_it_lies=True)
+    return function.func
+
+
+def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer) -> Planes:
+    """The middle stage: int8 ``h`` at the input's size through the window to int8 at the output's."""
+    w = s.window
+
+    def word(quad: Index, y: Index, column: Index, lanes: int, step: int) -> object:
+        at = quad * h.stride + y * w.size[1] + column
+        return h.buffer[at] if lanes == 1 else h.buffer[T.ramp(at, step, lanes)]
+
+    k_in, k_out = min(s.rank, s.ranks[0]), min(s.rank, s.ranks[1])
+    planes = Planes(spread(isa, w, h.quads, word, 0), w.plane_words, h.quads, 0)
+    g = _middle(isa, k_out, w.pixels)
+    to_g = ToWords(isa, g.buffer, g.stride, core_scale, s.h_scale / s.g_scale)
+    if s.form == "cp":
+        depthwise(isa, w, planes, core, k_out, s.bits, to_g)
+    else:
+        convolve(isa, w, planes, core, ceil_div(s.ranks[0], QUAD), k_out, s.bits, to_g)
+    return g
