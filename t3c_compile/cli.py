@@ -1,0 +1,233 @@
+"""The command line. Exit codes: 0 done, 1 bad input, 2 usage, 3 no profile fits the budget, 4 damaged artifact."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
+from t3c_compile.budget import Budget, BudgetError
+from t3c_compile.manifest import ArtifactError, read_manifest
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.show import show, summarize_options
+
+_MODEL_HELP = "package.module:callable, a .pt2 file, or a t3c checkpoint"
+_DATA_HELP = "package.module:callable returning batches of (*inputs, labels)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (T3CError, UnknownTargetError) as error:
+        _report(error, arguments.json)
+        return 3 if isinstance(error, BudgetError) else 4 if isinstance(error, ArtifactError) else 1
+    return 0
+
+
+def _report(error: Exception, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}), file=sys.stderr)
+    else:
+        print(f"t3c-compile: error: {error}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="t3c-compile", description="One PyTorch checkpoint, many budgets.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        command.set_defaults(run=run)
+        return command
+
+    c = add("transform", _transform, "make a model elastic and write a t3c checkpoint")
+    _add_model(c)
+    c.add_argument("-o", "--output", required=True, help="checkpoint to write, such as MODEL.pt")
+
+    c = add("train", _train, "train an elastic model and its controller")
+    _add_model(c)
+    c.add_argument("--epochs", type=int, default=20, help="passes over the data (default 20)")
+    c.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    c.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
+    c.add_argument("-o", "--output", required=True, help="checkpoint to write; its .resume is gone on from")
+
+    c = add("lower", _lower, "snap a model to profiles and lower them into an artifact")
+    _add_model(c)
+    c.add_argument("--target", action="append", required=True, help="target name (see `targets`); may be repeated")
+    c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
+    c.add_argument("-o", "--output", required=True, help="artifact to write, such as MODEL.t3c")
+
+    c = add("run", _run, "run an artifact on .npy inputs")
+    c.add_argument("artifact")
+    c.add_argument("inputs", nargs="*", help=".npy files; random inputs where none is given")
+    for name, unit in (("latency-ms", "milliseconds"), ("energy-mj", "millijoules"), ("size-mb", "megabytes")):
+        c.add_argument(f"--{name}", type=float, help=f"budget in {unit}")
+    c.add_argument("--profile", help="run this profile instead of choosing by budget")
+    c.add_argument("--target", help="which of the artifact's targets")
+    c.add_argument("-o", "--output", help=".npy file for the first output")
+
+    c = add("inspect", _inspect, "show the profiles of an artifact")
+    c.add_argument("artifact")
+
+    add("targets", _targets, "list the targets")
+
+    c = add("demo", _demo, "train, lower and run the digits example, and show what came of it")
+    c.add_argument("--model", action="append", choices=("cnn", "vit"), help="only this model (default both)")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("-o", "--output", default="build/demo", help="folder for the artifacts (default build/demo)")
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help=_MODEL_HELP)
+    command.add_argument("--input", action="append", default=[], help="example input: 'float32[1,3,224,224]' or .npy")
+    command.add_argument("--data", help=_DATA_HELP)
+    command.add_argument("--conv", choices=("tucker2", "cp"), default="tucker2", help="form of k x k convolutions")
+    command.add_argument("--keep", action="append", default=[], help="glob of layer names to leave alone")
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from t3c_compile.loading import load_elastic
+    from t3c_compile.transform import Config
+
+    config = Config(conv=arguments.conv, keep=tuple(arguments.keep))
+    return load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty())
+
+
+def _writable(path: str) -> Path:
+    final = Path(path)
+    if not final.absolute().parent.is_dir():
+        raise T3CError(f"{final.parent} is not a folder: make it first, or choose another output")
+    return final
+
+
+def _transform(arguments: argparse.Namespace) -> None:
+    output = _writable(arguments.output)
+    checkpoint = _load(arguments)
+    checkpoint.save(output)
+    report = checkpoint.model.report
+    rows = [
+        {"layer": r.layer, "op": r.op, "shape": "x".join(map(str, r.shape)), "form": r.form, "max_rank": r.max_rank}
+        | {"reason": r.reason}
+        for r in (*report.elastic.values(), *report.kept.values())
+    ]
+    show(f"{len(report.elastic)} elastic layers, {len(report.kept)} kept: {output}", rows, arguments.json)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from t3c_compile.loading import batches_of
+    from t3c_compile.train import train
+
+    output = _writable(arguments.output)
+    if arguments.data is None:
+        raise T3CError(f"train needs --data: {_DATA_HELP}")
+    checkpoint = _load(arguments)
+    result = train(
+        checkpoint.model,
+        batches_of(arguments.data),
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        seed=arguments.seed,
+        controller=checkpoint.controller,
+        progress=sys.stderr.isatty(),
+        checkpoint=output.with_name(f"{output.name}.resume"),
+    )
+    checkpoint.controller = result.controller
+    checkpoint.save(output)
+    output.with_name(f"{output.name}.resume").unlink(missing_ok=True)
+    rows = [{"epoch": epoch, **terms} for epoch, terms in enumerate(result.history)]
+    show(f"loss by epoch: {output}", rows, arguments.json)
+
+
+def _lower(arguments: argparse.Namespace) -> None:
+    targets = [get_target(name) for name in arguments.target]
+    output = _writable(arguments.output)
+    if arguments.data is None:
+        raise T3CError(f"lower needs --data to calibrate activations and certificates: {_DATA_HELP}")
+    from t3c_compile.artifact import lower
+    from t3c_compile.loading import calibration_of
+    from t3c_compile.snap import snap
+
+    checkpoint = _load(arguments)
+    calibration, labels = calibration_of(arguments.data)
+    progress = sys.stderr.isatty()
+    profiles = snap(
+        checkpoint.model, calibration, targets, labels, checkpoint.controller, arguments.profiles, progress=progress
+    )
+    lower(checkpoint.model, profiles, targets, output, checkpoint.example_inputs, progress=progress)
+    for note in () if arguments.json else profiles.notes:
+        print(note)
+    _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from t3c_compile.runtime import InputError, load
+
+    session = load(arguments.artifact, arguments.target)
+    try:
+        inputs = [np.load(path, allow_pickle=False) for path in arguments.inputs] or _random_inputs(session.inputs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read inputs: {error}") from error
+    if arguments.profile:
+        profile = session.set_profile(arguments.profile)
+    else:
+        profile = session.set_budget(Budget(arguments.latency_ms, arguments.energy_mj, arguments.size_mb))
+    output = session.run(*inputs)
+    first = output[0] if isinstance(output, tuple) else output
+    if arguments.output:
+        np.save(arguments.output, first)
+    row = {"target": session.target, "profile": profile.name, "size_mb": profile.size_mb}
+    row |= {"latency_ms": profile.latency_ms, "output": "x".join(map(str, first.shape)), "mean": float(first.mean())}
+    show(arguments.artifact, [row], arguments.json)
+
+
+def _random_inputs(inputs: list[dict[str, Any]]) -> list[Any]:
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    shapes = [[1 if isinstance(size, str) else size for size in entry["shape"]] for entry in inputs]
+    return [
+        generator.standard_normal(shape).astype(entry["dtype"]) for entry, shape in zip(inputs, shapes, strict=True)
+    ]
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    manifest = read_manifest(Path(arguments.artifact))
+    rows = []
+    for target, entry in manifest["targets"].items():
+        for profile, cost in zip(manifest["profiles"], entry["costs"], strict=True):
+            row = {"target": target, "profile": profile["name"], **summarize_options(profile["options"])}
+            row |= {"size_kb": profile["size_bytes"] / 1e3, "latency_ms": cost["latency_ms"]}
+            row |= {"latency_source": cost["source"].partition(":")[0].partition(" ")[0]}
+            row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
+            rows.append(row | {"certificate": profile["certificate"]["bound"]})
+    show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    rows = []
+    for name in list_targets():
+        target = get_target(name)
+        rows.append(
+            {"target": name, "instructions": target.simd, "rank_multiple": target.rank_multiple}
+            | {"bits": " ".join(map(str, target.bits)), "peak_gops": target.peak_gops}
+            | {"bandwidth_gbps": target.bandwidth_gbps, "cost": target.cost_source}
+        )
+    show("targets", rows, arguments.json)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from t3c_compile.demo import demo
+
+    demo(arguments.model or ["cnn", "vit"], arguments.seed, Path(arguments.output), arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

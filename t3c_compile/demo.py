@@ -1,0 +1,127 @@
+"""The demo: digits, from training to an artifact that runs on x86-64 and, under QEMU, on arm64."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from t3c_compile import qemu
+from t3c_compile.artifact import lower
+from t3c_compile.backends.targets import get_target
+from t3c_compile.manifest import read_manifest
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.specialize import specialize
+from t3c_compile.profile import ProfileSet
+from t3c_compile.runtime import load
+from t3c_compile.show import show, summarize_options
+from t3c_compile.snap import snap
+
+TARGETS = ("x86_64", "arm64")
+
+# Runs every profile of an artifact on a batch; this is all that the arm64 side is given.
+_ON_DEVICE = """
+import sys, numpy, t3c_compile
+session = t3c_compile.load(sys.argv[1], sys.argv[2])
+x = numpy.load(sys.argv[3])
+found = {}
+for profile in session.profiles:
+    session.set_profile(profile.name)
+    found[profile.name] = session.run(x)
+numpy.savez(sys.argv[4], **found)
+"""
+
+
+def demo(models: Sequence[str], seed: int, output: Path, as_json: bool) -> None:
+    """Train, snap, lower and run each of the digits models; print a table of what every profile did on the test split."""
+    example = _example()
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    for name in models:
+        began = time.monotonic()
+        console.print(f"[bold]{name}[/]: training on digits")
+        prepared = example.prepare(name, seed=seed, progress=sys.stderr.isatty())
+        calibration, labels = prepared.digits.calibration
+        targets = [get_target(target) for target in TARGETS]
+        profiles = snap(prepared.elastic, [(calibration,)], targets, labels, prepared.controller)
+        console.print(f"{name}: lowering {len(profiles.profiles)} profiles to {', '.join(TARGETS)}")
+        path = lower(prepared.elastic, profiles, targets, output / f"{name}.t3c", (calibration[:1],))
+        test, truth = prepared.digits.test
+        rows = run_everywhere(prepared, profiles, path, test, truth, console)
+        seconds = time.monotonic() - began
+        title = f"{path}: float32 accuracy {prepared.float_accuracy:.2%} on {len(truth)} test images, {seconds:.0f} s"
+        show(title, rows, as_json)
+
+
+def run_everywhere(
+    prepared: Any, profiles: ProfileSet, path: Path, test: torch.Tensor, truth: torch.Tensor, console: Console
+) -> list[dict[str, Any]]:
+    """One row a profile: size, accuracy on test, latency, and the differences between torch, x86-64 and arm64."""
+    session = load(path, "x86_64")
+    images = test.numpy()
+    emulated = on_arm64(path, images, console)
+    dense = read_manifest(path)["model"]["dense_int8_bytes"]
+    rows = []
+    for profile, info in zip(profiles.profiles, session.profiles, strict=True):
+        session.set_profile(info.name)
+        logits = session.run(images)
+        reference = reference_logits(prepared.elastic, profiles, info.index, test)
+        with torch.no_grad():
+            drift = float(np.linalg.norm(logits - prepared.elastic.eval()(test).numpy(), axis=1).mean())
+        summary = summarize_options(info.options)
+        rows.append(
+            {"profile": info.name, **summary, "size_kb": info.size_mb * 1e3}
+            | {"of_int8_dense": f"{profile.size_bytes / dense:.0%}"}
+            | {"accuracy": f"{float((logits.argmax(1) == truth.numpy()).mean()):.2%}"}
+            | {"x86_64_ms": info.latency_ms, "drift": drift, "certificate": info.certificate["bound"]}
+            | {"x86_64_error": relative_error(logits, reference)}
+            | {"arm64_error": None if emulated is None else relative_error(emulated[info.name], reference)}
+        )
+    return rows
+
+
+def on_arm64(path: Path, images: Any, console: Console) -> dict[str, Any] | None:
+    """Logits of every profile from the arm64 library under QEMU; None, and the reason printed, where it cannot run."""
+    reason = qemu.unavailable()
+    if reason is not None:
+        console.print(f"arm64 was compiled and not run: {reason}")
+        return None
+    folder = path.parent
+    np.save(folder / "test.npy", images)
+    results = folder / f"{path.stem}-arm64.npz"
+    arguments = [str(path.absolute()), "arm64", str((folder / "test.npy").absolute()), str(results.absolute())]
+    done = qemu.run_python(["-c", _ON_DEVICE, *arguments])
+    if done.returncode:
+        raise T3CError(f"the arm64 library failed under QEMU:\n{done.stderr}")
+    with np.load(results) as found:
+        return dict(found)
+
+
+def reference_logits(elastic: Any, profiles: ProfileSet, index: int, test: torch.Tensor) -> Any:
+    """What torch computes with the specialized graph of one profile."""
+    profile = profiles.profiles[index]
+    graph = specialize(elastic, profile.options, profile.activations, profiles.store_ranks())
+    with torch.no_grad():
+        return graph(test).numpy()
+
+
+def relative_error(found: Any, reference: Any) -> float:
+    """Largest difference over the largest logit."""
+    return float(np.abs(found - reference).max() / np.abs(reference).max())
+
+
+def _example() -> ModuleType:
+    """``examples/digits/run.py``; examples are not installed, so the demo needs the source tree."""
+    places = [base / "examples" / "digits" for base in (Path.cwd(), Path(__file__).resolve().parents[1])]
+    folder = next((place for place in places if (place / "run.py").exists()), None)
+    if folder is None:
+        raise T3CError("the demo needs examples/digits of the source tree: run it from a checkout")
+    sys.path.insert(0, str(folder))
+    import run  # type: ignore[import-not-found]
+
+    return run  # type: ignore[no-any-return]

@@ -1,0 +1,109 @@
+"""Models, data and inputs as the command line names them."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from t3c_compile.checkpoint import Checkpoint
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.transform import Config, transform
+
+Inputs = tuple[Any, ...]
+
+
+class LoadingError(T3CError):
+    """A model, data set or input named on the command line cannot be had."""
+
+
+def import_callable(spec: str) -> Callable[..., Any]:
+    """``package.module:callable``, looked up on the path and in the current folder."""
+    module_name, colon, name = spec.partition(":")
+    if not colon or not name:
+        raise LoadingError(f"{spec!r} is not package.module:callable")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise LoadingError(f"{spec}: {error}") from error
+    if not callable(found):
+        raise LoadingError(f"{spec} is a {type(found).__name__}, not a callable")
+    return found  # type: ignore[no-any-return]
+
+
+def parse_input(text: str) -> Tensor:
+    """An example input: ``float32[1,3,224,224]`` (random normal), ``int64[1,128]`` (zeros), or a ``.npy`` file."""
+    if text.endswith(".npy"):
+        try:
+            return torch.from_numpy(np.load(text, allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise LoadingError(f"input {text}: {error}") from error
+    match = re.fullmatch(r"(float32|int64|int32|bool)\[([\d,\s]*)\]", text)
+    if not match:
+        raise LoadingError(
+            f"input {text!r} is neither dtype[size,size,...] (float32, int64, int32, bool) nor a .npy file"
+        )
+    dtype, sizes = getattr(torch, match[1]), [int(size) for size in match[2].split(",") if size.strip()]
+    if dtype is torch.float32:
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    return torch.zeros(sizes, dtype=dtype)
+
+
+def load_elastic(
+    spec: str, inputs: Sequence[str], config: Config | None, data: str | None, progress: bool
+) -> Checkpoint:
+    """The elastic model ``spec`` names: a t3c checkpoint, or a model (``.pt2`` or a callable) that is transformed now.
+
+    Args:
+        inputs: example inputs (see :func:`parse_input`); a ``.pt2`` file brings its own.
+        data: ``package.module:callable`` whose batches whiten the decomposition.
+    """
+    if ":" not in spec and not spec.endswith(".pt2"):
+        return Checkpoint.load(spec)
+    model, own_inputs = _load_pt2(spec) if spec.endswith(".pt2") else (_call_model(spec), None)
+    example = tuple(parse_input(text) for text in inputs) or own_inputs
+    if example is None:
+        raise LoadingError(f"{spec}: name its inputs, such as --input 'float32[1,3,224,224]'")
+    calibration = None if data is None else calibration_of(data)[0]
+    return Checkpoint(transform(model, example, config, calibration=calibration, progress=progress), example)
+
+
+def _load_pt2(path: str) -> tuple[nn.Module, Inputs | None]:
+    if not Path(path).is_file():
+        raise LoadingError(f"{path}: there is no such file")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise LoadingError(f"{path} is damaged or not a torch.export file: {error}") from error
+    return program.module(check_guards=False), None if program.example_inputs is None else program.example_inputs[0]
+
+
+def _call_model(spec: str) -> nn.Module:
+    model = import_callable(spec)()
+    if not isinstance(model, nn.Module):
+        raise LoadingError(f"{spec}() returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def batches_of(spec: str) -> Any:
+    """What a data callable returns: batches ``(*inputs, labels)``, a list or a DataLoader."""
+    batches = import_callable(spec)()
+    if not hasattr(batches, "__iter__"):
+        raise LoadingError(f"{spec}() returned a {type(batches).__name__}, not batches of (*inputs, labels)")
+    return batches
+
+
+def calibration_of(spec: str, most: int = 16) -> tuple[list[Inputs], Tensor]:
+    """The first ``most`` batches of a data callable as calibration inputs, and their labels."""
+    batches = [tuple(batch) for batch in islice(batches_of(spec), most)]
+    if not batches or any(len(batch) < 2 for batch in batches):
+        raise LoadingError(f"{spec}() gave no batches of (*inputs, labels)")
+    return [batch[:-1] for batch in batches], torch.cat([batch[-1] for batch in batches])
