@@ -1,0 +1,95 @@
+"""The five terms of T3C's training objective (arXiv 2601.01299), for the trainer here or for a loop of your own.
+
+``L = task + l_SD KL(full || elastic) + l_AUG KL(elastic || elastic on augmented input) + l_CERT max(0, D - eps)
++ l_BUD budget``. Logits are float32 [..., classes]; every term is a 0-d tensor, a mean over all leading dimensions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t3c_compile.backends.targets import Target
+from t3c_compile.controller import Gates
+from t3c_compile.cost import kept_bytes, layer_cost, roofline
+from t3c_compile.passes.elastic import elastic_layers
+from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.option import Option
+
+
+def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of ``logits`` [..., C] and int64 ``labels`` [...]."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
+
+
+def self_distillation(full_logits: Tensor, elastic_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``T^2 KL(softmax(full / T) || softmax(elastic / T))``; no gradient flows into ``full_logits``, the teacher.
+
+    T^2 keeps the gradient's size at any temperature (Hinton et al., https://arxiv.org/abs/1503.02531).
+    """
+    return temperature**2 * _kl(full_logits.detach() / temperature, elastic_logits / temperature)
+
+
+def consistency(logits: Tensor, augmented_logits: Tensor) -> Tensor:
+    """``KL(softmax(logits) || softmax(augmented))`` of one profile on an input and on its augmented copy.
+
+    No gradient flows into ``logits``: the clean view leads (https://arxiv.org/abs/1904.12848).
+    """
+    return _kl(logits.detach(), augmented_logits)
+
+
+def certificate_penalty(drift: Tensor, epsilon: float) -> Tensor:
+    """``max(0, D - epsilon)`` of the spectral drift bound ``drift`` (0-d, in logits)."""
+    return torch.relu(drift - epsilon)
+
+
+def budget_penalty(cost: Tensor, budget: Tensor) -> Tensor:
+    """Sum over resources of the relative excess ``max(0, cost / budget - 1)``.
+
+    ``cost`` and ``budget`` are [resources] in the same units, ``budget`` positive; zero when every resource fits.
+    """
+    return torch.relu(cost / budget - 1).sum()
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean over leading dimensions of ``KL(softmax(teacher) || softmax(student))``."""
+    divergence = F.kl_div(
+        F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True
+    ).sum(-1)
+    return divergence.mean()
+
+
+class GatesCost:
+    """Roofline cost of a model at given gates, differentiable in them.
+
+    What does not depend on the gates (the layers' cost expressions, the kept parameters) is worked out once.
+
+    Args:
+        elastic: the model.
+        chains: every layer's options; the greatest ones cost 1 of every resource.
+        target: whose roofline it is.
+    """
+
+    def __init__(self, elastic: ElasticGraphModule, chains: Mapping[str, tuple[Option, ...]], target: Target) -> None:
+        # A layer whose greatest option is dense is dense all along its chain.
+        self._costs = {name: layer_cost(layer, chains[name][-1].form) for name, layer in elastic_layers(elastic)}
+        self._kept = kept_bytes(elastic)
+        self._target = target
+        self._unit = torch.ones(3)
+        self._unit = self._of({name: (chain[-1].rank, chain[-1].bits) for name, chain in chains.items()})
+        self.least = self._of({name: (chain[0].rank, chain[0].bits) for name, chain in chains.items()})
+        """Fractions at every layer's least option: no budget below this can be met."""
+
+    def __call__(self, gates: Gates) -> Tensor:
+        """Latency, energy and size at ``gates``, float32 [3], as fractions of the greatest options' cost."""
+        return self._of({name: (mask.sum(), bits) for name, (mask, bits) in gates.items()})
+
+    def _of(self, layers: Mapping[str, tuple[Any, Any]]) -> Tensor:
+        """The same for (rank, bits) by layer, numbers or tensors."""
+        latency, energy, size = 0.0, 0.0, float(self._kept)
+        for name, cost in self._costs.items():
+            one = roofline(*cost.at(*layers[name]), self._target)
+            latency, energy, size = latency + one.latency_ms, energy + one.energy_mj, size + one.size_bytes
+        return torch.stack([torch.as_tensor(total) for total in (latency, energy, size)]) / self._unit
