@@ -5,6 +5,7 @@ by :meth:`Lowering.packed`, which makes a parameter of the packed tensor and rec
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,21 @@ from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-from t3c_compile.backends.tvm.kernels import linear, pack, quantize
+from t3c_compile.backends.tvm.kernels import conv, floats, linear, pack, quantize
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
+from t3c_compile.backends.tvm.kernels.window import Window
 
 # A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
 Key = tuple[str, Packing | None]
 Arguments = Mapping[str, Any]
 
 # ATen ops with a converter here, or with a better Relax form than their decomposition.
-_KEPT_WHOLE = (torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default)
+_KEPT_WHOLE = (
+    torch.ops.aten.linear.default,
+    torch.ops.aten.layer_norm.default,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
 
 
 class UnsupportedOpError(ValueError):
@@ -77,6 +83,9 @@ class Lowering:
         function = builder.add_func(kernel, str(kernel.attrs["t3c.schedule"]).rpartition(" ")[2])
         present = [argument for argument in args if argument is not None]
         return builder.emit(relax.call_tir(function, present, relax.TensorType(shape, dtype)))
+
+    def emit(self, expression: relax.Expr) -> relax.Var:
+        return self._importer.block_builder.emit(expression)
 
     def optional(self, node: fx.Node | None) -> relax.Expr | None:
         return None if node is None else self.value(node)
@@ -170,9 +179,124 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.call(linear.svd_linear(lower.isa, spec), args, [*lead, outputs], "float32")
 
 
+def _window(a: Arguments, size: list[Any], kernel: list[int]) -> Window:
+    pairs = ((int(v[0]), int(v[1])) for v in (a["stride"], a["padding"], a["dilation"]))
+    return Window((size[0], size[1]), (kernel[0], kernel[1]), *pairs)
+
+
+def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var:
+    x = lower.value(a["x"])
+    batch, channels, *size = shape_of(x)
+    raw = tuple(shape_of(lower.value(a["weight"])))
+    window = _window(a, size, list(raw[2:]))
+    spec = conv.ConvSpec(
+        dims([batch])[0],
+        channels,
+        raw[0],
+        window,
+        a["groups"],
+        a["x_scale"],
+        a["x_zero_point"],
+        a["bits"],
+        bias=a["bias"] is not None,
+    )
+    if spec.is_depthwise:
+        weight = lower.value(a["weight"])
+    else:
+        weight = lower.packed(a["weight"], pack.quads_of_conv(raw, a["groups"]))
+    args = [x, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
+    return lower.call(conv.int8_conv2d(lower.isa, spec), args, [batch, raw[0], *window.out], "float32")
+
+
+def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var:
+    x = lower.value(a["x"])
+    batch, channels, *size = shape_of(x)
+    (r_in, _), (r_out, outputs) = shape_of(lower.value(a["v"])), shape_of(lower.value(a["u"]))
+    core = None
+    if form == "svd":
+        window = _window({"stride": a["stride"], "padding": (0, 0), "dilation": (1, 1)}, size, [1, 1])
+    else:
+        raw = tuple(shape_of(lower.value(a["core"])))
+        window = _window(a, size, list(raw[-2:]))
+        core = lower.value(a["core"]) if form == "cp" else lower.packed(a["core"], pack.quads_of_conv(raw))
+    spec = conv.ChainSpec(
+        form,
+        dims([batch])[0],
+        channels,
+        outputs,
+        window,
+        (r_in, r_out),
+        a["rank"],
+        a["bits"],
+        a["x_scale"],
+        a["x_zero_point"],
+        a["h_scale"],
+        a.get("g_scale", 1.0),
+        gain=a["out_gain"] is not None,
+        bias=a["bias"] is not None,
+    )
+    args = [
+        x,
+        lower.packed(a["v"], pack.quads_of_matrix((r_in, channels))),
+        core,
+        lower.packed(a["u"], pack.quads_of_matrix((r_out, outputs), transposed=True)),
+        lower.value(a["mid_scale"]),
+        lower.optional(a.get("core_scale")),
+        lower.optional(a["out_gain"]),
+        lower.optional(a["bias"]),
+    ]
+    return lower.call(conv.conv_chain(lower.isa, spec), args, [batch, outputs, *window.out], "float32")
+
+
+def _float_linear(lower: Lowering, x: relax.Expr, weight: fx.Node, scale: fx.Node | None, bits: int, bias: fx.Node | None) -> relax.Var:
+    *lead, inputs = shape_of(x)
+    raw = tuple(shape_of(lower.value(weight)))
+    packed = lower.packed(weight, pack.lanes_of_matrix(raw, "int8" if bits else "float32"))
+    spec = floats.FloatLinearSpec(dims(lead), inputs, raw[0], bits, bias is not None)
+    args = [x, packed, lower.optional(scale), lower.optional(bias)]
+    return lower.call(floats.float_linear(lower.isa, spec), args, [*lead, raw[0]], "float32")
+
+
+def _weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var:
+    return _float_linear(lower, lower.value(a["x"]), a["weight"], a["scale"], a["bits"], a["bias"])
+
+
+def _linear(lower: Lowering, a: Arguments) -> relax.Var:
+    x = lower.value(a["input"])
+    if a["weight"].name in lower.names:
+        return _float_linear(lower, x, a["weight"], None, 0, a["bias"])
+    y = lower.emit(relax.op.linear(x, lower.value(a["weight"])))
+    return y if a["bias"] is None else lower.emit(relax.op.add(y, lower.value(a["bias"])))
+
+
+def _attention(lower: Lowering, a: Arguments) -> relax.Var:
+    """softmax(q k^T * scale + mask) v, as products that have kernels."""
+    q, k, v = (lower.value(a[name]) for name in ("query", "key", "value"))
+    if a["is_causal"] or a["enable_gqa"] or a["dropout_p"]:
+        raise UnsupportedOpError("scaled_dot_product_attention: give causal masks as attn_mask, repeat grouped heads, no dropout")
+    scale = a["scale"] or shape_of(q)[-1] ** -0.5
+    order = list(range(len(shape_of(k))))
+    order[-1], order[-2] = order[-2], order[-1]
+    scaled = lower.emit(relax.op.multiply(q, relax.const(scale, "float32")))
+    scores = lower.emit(relax.op.matmul(scaled, lower.emit(relax.op.permute_dims(k, order))))
+    mask = lower.optional(a["attn_mask"])
+    if mask is not None and str(mask.ty.dtype) == "bool":
+        scores = lower.emit(relax.op.where(mask, scores, relax.const(float("-inf"), "float32")))
+    elif mask is not None:
+        scores = lower.emit(relax.op.add(scores, mask))
+    return lower.emit(relax.op.matmul(lower.emit(relax.op.nn.softmax(scores)), v))
+
+
 CONVERTERS: dict[str, Converter] = {
     "quantize_int8.default": _quantize,
     "dequantize_int8.default": _dequantize,
     "int8_linear.default": _int8_linear,
     "svd_linear.default": _svd_linear,
+    "weight_only_linear.default": _weight_only_linear,
+    "int8_conv2d.default": _int8_conv2d,
+    "svd_conv2d.default": partial(_conv_chain, "svd"),
+    "tucker2_conv2d.default": partial(_conv_chain, "tucker2"),
+    "cp_conv2d.default": partial(_conv_chain, "cp"),
+    "linear.default": _linear,
+    "scaled_dot_product_attention.default": _attention,
 }

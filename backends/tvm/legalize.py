@@ -3,11 +3,26 @@
 A reshape in any spelling stays ``relax.reshape``, which the VM runs without copying.
 """
 
-import tvm
-from tvm import relax
+from collections.abc import Callable
+from functools import partial
 
+import tvm
+from tvm import relax, te
+from tvm.ir import Expr
+
+from t3c_compile.backends.tvm.convert import dims, shape_of
+from t3c_compile.backends.tvm.kernels import floats, rows, vmath
 from t3c_compile.backends.tvm.kernels.isa import Isa
 
+_ELEMENTWISE = {
+    "relax.exp": vmath.exp,
+    "relax.erf": vmath.erf,
+    "relax.tanh": vmath.tanh,
+    "relax.sigmoid": vmath.sigmoid,
+    "relax.nn.silu": vmath.silu,
+    "relax.nn.gelu": vmath.gelu,
+    "relax.nn.gelu_tanh": vmath.gelu_tanh,
+}
 _RESHAPES = ("relax.expand_dims", "relax.squeeze", "relax.flatten")
 
 
@@ -15,7 +30,7 @@ def legalize(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
     """``module`` with every op but reshape a ``call_tir``, and element-wise neighbours fused."""
     passes = [
         relax.transform.DecomposeOpsForInference(),
-        relax.transform.LegalizeOps({op: _as_reshape for op in _RESHAPES}, skip_ops=["relax.reshape"]),
+        relax.transform.LegalizeOps(_rules(isa), skip_ops=["relax.reshape"]),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
@@ -43,5 +58,71 @@ def runtime_pipeline() -> tvm.ir.transform.Pass:
     )
 
 
+Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
+
+
+def _rules(isa: Isa) -> dict[str, Rule]:
+    kernels: dict[str, Callable[[Isa, relax.BlockBuilder, relax.Call], relax.Expr | None]] = {
+        "relax.matmul": _matmul,
+        "relax.nn.softmax": _softmax,
+        "relax.nn.layer_norm": _layer_norm,
+    }
+    rules = {op: _or_default(op, partial(convert, isa)) for op, convert in kernels.items()}
+    rules |= {op: _or_default(op, partial(_elementwise, math)) for op, math in _ELEMENTWISE.items()}
+    return rules | {op: _as_reshape for op in _RESHAPES}
+
+
+def _or_default(op: str, rule: Callable[[relax.BlockBuilder, relax.Call], relax.Expr | None]) -> Rule:
+    """``rule``, or TVM's own legalization where it gives None."""
+
+    def convert(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        result = rule(builder, call)
+        return call.op.get_attr("FLegalize")(builder, call) if result is None else result
+
+    return convert
+
+
 def _as_reshape(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     return relax.op.reshape(call.args[0], call.ty.shape)
+
+
+def _elementwise(math: Callable[[Expr], Expr], builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+    if str(call.ty.dtype) != "float32":
+        return None
+    return builder.call_te(lambda x: te.compute(x.shape, lambda *i: math(x(*i)), name=math.__name__), call.args[0], primfunc_name_hint=math.__name__)
+
+
+def _kernel_call(builder: relax.BlockBuilder, kernel: tvm.tirx.PrimFunc, name: str, call: relax.Call) -> relax.Expr:
+    return relax.call_tir(builder.add_func(kernel, name), list(call.args), call.ty)
+
+
+def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+    a, b = (shape_of(argument) for argument in call.args)
+    *batch, rows, inputs = a
+    shared = len(b) == 2
+    if len(a) < 2 or str(call.ty.dtype) != "float32" or not (shared or dims(b[:-2]) == dims(batch)):
+        return None
+    columns = b[-1]
+    if not isinstance(inputs, int) or not isinstance(columns, int):
+        return None
+    if shared:
+        # One right factor for the whole batch: the batch is rows of one product.
+        kernel = floats.matmul(isa, (), dims([*batch, rows]), inputs, columns)
+    else:
+        kernel = floats.matmul(isa, dims(batch), dims([rows]), inputs, columns)
+    return _kernel_call(builder, kernel, "matmul", call)
+
+
+def _softmax(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+    *lead, count = shape_of(call.args[0])
+    if call.attrs.axis not in (-1, len(lead)) or not isinstance(count, int) or str(call.ty.dtype) != "float32":
+        return None
+    return _kernel_call(builder, rows.softmax(isa, dims(lead), count), "softmax", call)
+
+
+def _layer_norm(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+    *lead, count = shape_of(call.args[0])
+    axes = [int(axis) % (len(lead) + 1) for axis in call.attrs.axes]
+    if axes != [len(lead)] or not isinstance(count, int) or str(call.ty.dtype) != "float32":
+        return None
+    return _kernel_call(builder, rows.layer_norm(isa, dims(lead), count, float(call.attrs.epsilon)), "layer_norm", call)

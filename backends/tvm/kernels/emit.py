@@ -18,6 +18,8 @@ Buffer = Any  # a TIR buffer variable
 Index = Any  # an int or a TIR index expression
 Shape = Sequence[int | str]
 
+# Rows of a product a task takes, so that what it sets up once for its columns is paid back.
+CHUNK_ROWS = 96
 # Work (multiply-adds or elements) below which waking the other threads costs more than it saves.
 PARALLEL_WORK = 1 << 16
 
@@ -138,6 +140,14 @@ def tasks(count: Index, work: Index) -> Any:
     if static(count) == 1 or (number is not None and number < PARALLEL_WORK):
         return T.serial(0, count)
     return T.parallel(0, count)
+
+
+def tile_rows(rows: Index, most: int) -> int:
+    """Rows of a register tile, at most ``most``, chosen so that ``rows`` split evenly where they are known."""
+    count = static(rows)
+    if count is None or count > CHUNK_ROWS:
+        return most
+    return ceil_div(count, ceil_div(count, most))
 
 
 def when(condition: Expr | bool, body: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:

@@ -13,6 +13,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import (
+    CHUNK_ROWS,
     Buffer,
     Index,
     accumulators,
@@ -24,6 +25,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     static,
     store,
     tasks,
+    tile_rows,
     top_bits,
     vec,
     when,
@@ -33,7 +35,6 @@ from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
 # store(row, column, valid lanes, int32 sums)
 Epilogue = Callable[[Index, Index, int, Expr], None]
 
-_CHUNK_ROWS = 96  # rows a task, so that a panel's weight sums are paid back
 SPARE_ROWS = 16  # rows past the end that a tile may read
 
 
@@ -107,10 +108,10 @@ def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogu
     width = isa.panel() * isa.lanes
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
-    row_chunks = ceil_div(p.rows, _CHUNK_ROWS)
+    row_chunks = ceil_div(p.rows, CHUNK_ROWS)
     with tasks(panels * row_chunks, product((p.rows, p.columns, p.inputs))) as task:
         panel = T.bind(task // row_chunks)
-        first = T.bind((task % row_chunks) * _CHUNK_ROWS)
+        first = T.bind((task % row_chunks) * CHUNK_ROWS)
 
         def emit(columns: int) -> None:
             _panel(isa, p, activations, weights, epilogue, panel * width, columns, first)
@@ -126,7 +127,7 @@ def _panel(
 ) -> None:
     lanes, stride = isa.lanes, row_stride(p.inputs)
     vectors = ceil_div(columns, lanes)
-    rows = isa.tile_rows(vectors)
+    rows = tile_rows(p.rows, min(12, isa.registers // vectors))
     block_bytes = ceil_div(p.stored_inputs, QUAD) * BLOCK * QUAD
     quads = ceil_div(p.inputs, QUAD)
     offset = isa.offset + p.zero_point
@@ -137,7 +138,7 @@ def _panel(
 
     sums = weight_sums(isa, weights, at, 1, quads, vectors, p.bits) if offset else None
     count = static(p.rows)
-    last = T.min(first + _CHUNK_ROWS, p.rows) if count is None or count > _CHUNK_ROWS else count
+    last = T.min(first + CHUNK_ROWS, p.rows) if count is None or count > CHUNK_ROWS else count
     with T.serial(0, ceil_div(last - first, rows)) as tile:
         row = T.bind(first + tile * rows)
         acc = accumulators(rows, vectors, lanes, "int32")
@@ -157,5 +158,5 @@ def _panel(
                 for v, cell in enumerate(line):
                     epilogue(row + r, column + v * lanes, min(lanes, columns - v * lanes), load(cell, 0, lanes))
 
-            always = count is not None and count % rows == 0 and _CHUNK_ROWS % rows == 0
+            always = count is not None and count % rows == 0 and CHUNK_ROWS % rows == 0
             when(True if always else row + r < last, finish)

@@ -49,10 +49,6 @@ class Isa:
         """Vectors side by side in a row-by-column tile (linear layers)."""
         return 4 if self.registers >= 24 else 2
 
-    def tile_rows(self, vectors: int) -> int:
-        """Rows of a tile that is ``vectors`` wide: as many as the accumulators allow, at most 12."""
-        return min(12, self.registers // vectors)
-
 
 def _vnni_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, activations, weights)
