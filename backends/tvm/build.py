@@ -50,11 +50,16 @@ def build_library(programs: Mapping[str, torch.export.ExportedProgram], target: 
         if isinstance(function, tvm.tirx.PrimFunc)
     }
     executable = relax.build(module, tvm.target.Target(dict(target.tvm)), relax_pipeline=runtime_pipeline())
-    if target.zig_triple is None:
-        executable.export_library(str(path))
-    else:
-        executable.export_library(str(path), fcompile=_zig_link(target.zig_triple))
+    link(executable, target, path)
     return Library(path, target.name, tuple(programs), inputs, PACK, raw, kernels)
+
+
+def link(module: tvm.runtime.Executable | tvm.runtime.Module, target: Target, path: Path) -> None:
+    """Write a compiled module as a shared library for ``target``; RuntimeError with the linker's words where that fails."""
+    if target.zig_triple is None:
+        module.export_library(str(path))
+    else:
+        module.export_library(str(path), fcompile=_zig_link(target.zig_triple))
 
 
 def _zig_link(triple: str) -> Callable[..., None]:

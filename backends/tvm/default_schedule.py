@@ -65,7 +65,8 @@ def _schedule_block(schedule: Any, block: Any, lanes: int) -> str:
     spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
     reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != _SPATIAL]
     extents = [_extent(schedule, loop) for loop in loops]
-    work = None if None in extents else prod(e for e in extents if e is not None)
+    # A dynamic dimension counts as one: a call too small to share out must not pay for waking the other threads.
+    work = prod(e for e in extents if e is not None)
     schedule.reorder(*spatial, *reduction)
     vector = None
     if spatial:
@@ -82,7 +83,7 @@ def _schedule_block(schedule: Any, block: Any, lanes: int) -> str:
         shared = schedule.fuse(*outer, rest)
         if reduction and vector is not None:
             schedule.reorder(shared, *reduction, vector)
-        if work is None or work >= PARALLEL_WORK:
+        if work >= PARALLEL_WORK:
             schedule.parallel(shared)
     if vector is not None:
         schedule.vectorize(vector)

@@ -168,7 +168,7 @@ def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer) -
         at = quad * h.stride + y * w.size[1] + column
         return h.buffer[at] if lanes == 1 else h.buffer[T.ramp(at, step, lanes)]
 
-    k_in, k_out = min(s.rank, s.ranks[0]), min(s.rank, s.ranks[1])
+    k_out = min(s.rank, s.ranks[1])
     planes = Planes(spread(isa, w, h.quads, word, 0), w.plane_words, h.quads, 0)
     g = _middle(isa, k_out, w.pixels)
     to_g = ToWords(isa, g.buffer, g.stride, core_scale, s.h_scale / s.g_scale)

@@ -28,12 +28,11 @@ PARALLEL_WORK = 1 << 16
 def prim_func(name: str) -> Iterator["Function"]:
     """Build one PrimFunc inside the ``with``; afterwards ``.func`` holds it."""
     result = Function()
-    with IRBuilder() as builder:
-        with T.prim_func(is_private=True):
-            T.func_name(name)
-            # Opaque to operator fusion, and known to the default schedule as already scheduled.
-            T.func_attr({"op_pattern": 8, "tirx.noalias": True, "t3c.schedule": f"kernel template: {name}"})
-            yield result
+    with IRBuilder() as builder, T.prim_func(is_private=True):
+        T.func_name(name)
+        # Opaque to operator fusion, and known to the default schedule as already scheduled.
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "t3c.schedule": f"kernel template: {name}"})
+        yield result
     result.func = builder.get()
 
 
@@ -134,12 +133,30 @@ def chunks(total: Index, lanes: int, body: Callable[[Index, int], None]) -> None
             body(whole * lanes + i, 1)
 
 
-def tasks(count: Index, work: Index) -> Any:
-    """A loop over ``count`` independent tasks, parallel where ``work`` in all is worth it (or not known)."""
-    number = static(work)
-    if static(count) == 1 or (number is not None and number < PARALLEL_WORK):
-        return T.serial(0, count)
-    return T.parallel(0, count)
+def for_each(count: Index, work: Index) -> Callable[[Callable[[Index], None]], None]:
+    """Decorator that emits its function as a loop over ``count`` independent tasks.
+
+    Parallel where ``work`` in all is worth it; where that is not known before the call, both loops are emitted.
+    """
+
+    def emit(body: Callable[[Index], None]) -> None:
+        def serial() -> None:
+            with T.serial(0, count) as task:
+                body(task)
+
+        def parallel() -> None:
+            with T.parallel(0, count) as task:
+                body(task)
+
+        size = static(work)
+        if static(count) == 1 or (size is not None and size < PARALLEL_WORK):
+            serial()
+        elif size is not None:
+            parallel()
+        else:
+            when(work < PARALLEL_WORK, serial, parallel)
+
+    return emit
 
 
 def tile_rows(rows: Index, most: int) -> int:

@@ -7,7 +7,18 @@ from typing import Protocol
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, chunks, fill, float32, load, requantize, store, vec, when
+from t3c_compile.backends.tvm.kernels.emit import (
+    Buffer,
+    Index,
+    chunks,
+    fill,
+    float32,
+    load,
+    requantize,
+    store,
+    vec,
+    when,
+)
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.window import SLACK, Window
 

@@ -18,6 +18,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     accumulators,
     ceil_div,
     fill,
+    for_each,
     load,
     load_partial,
     prim_func,
@@ -25,7 +26,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
     static,
     store,
     store_partial,
-    tasks,
     tile_rows,
     top_bits,
     vec,
@@ -67,7 +67,8 @@ def float_product(
     width = vectors * lanes
     most = tile_rows(rows, min(12, (_REGISTERS if isa.registers >= 24 else isa.registers) // vectors))
     panels, row_chunks = ceil_div(columns, width), ceil_div(rows, CHUNK_ROWS)
-    with tasks(batch * panels * row_chunks, product((batch, rows, columns, inputs))) as task:
+    @for_each(batch * panels * row_chunks, product((batch, rows, columns, inputs)))
+    def _(task: Index) -> None:
         b = T.bind(task // (panels * row_chunks))
         first = T.bind(task % row_chunks * CHUNK_ROWS)
         column = T.bind(task // row_chunks % panels * width)

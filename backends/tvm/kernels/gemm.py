@@ -20,11 +20,11 @@ from t3c_compile.backends.tvm.kernels.emit import (
     ceil_div,
     chunks,
     fill,
+    for_each,
     load,
     product,
     static,
     store,
-    tasks,
     tile_rows,
     top_bits,
     vec,
@@ -65,7 +65,8 @@ def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Buffer:
             return value
         return T.reinterpret(vec("uint8", n), value) ^ fill(T.uint8(128), n)
 
-    with tasks(rows, product((rows, inputs))) as row:
+    @for_each(rows, product((rows, inputs)))
+    def _(row: Index) -> None:
         chunks(
             inputs, lanes, lambda i, n: store(prepared, row * stride + i, convert(load(x, row * inputs + i, n), n), n)
         )
@@ -109,7 +110,8 @@ def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogu
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
     row_chunks = ceil_div(p.rows, CHUNK_ROWS)
-    with tasks(panels * row_chunks, product((p.rows, p.columns, p.inputs))) as task:
+    @for_each(panels * row_chunks, product((p.rows, p.columns, p.inputs)))
+    def _(task: Index) -> None:
         panel = T.bind(task // row_chunks)
         first = T.bind((task % row_chunks) * CHUNK_ROWS)
 

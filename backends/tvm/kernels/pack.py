@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tvm
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import ceil_div, prim_func, product, tasks
+from t3c_compile.backends.tvm.kernels.emit import Index, ceil_div, for_each, prim_func, product
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD
 
 
@@ -60,7 +60,8 @@ def pack(packing: Packing) -> tvm.tirx.PrimFunc:
     blocks, quads = ceil_div(p.outputs, BLOCK), ceil_div(p.inputs, quad)
     with prim_func(f"pack_{p.layout}") as function:
         raw, packed = function.args(raw=(p.raw_shape, p.dtype), packed=(p.shape, p.dtype))
-        with tasks(p.groups * blocks, product(p.shape)) as task:
+        @for_each(p.groups * blocks, product(p.shape))
+        def _(task: Index) -> None:
             with T.serial(0, p.taps) as tap, T.serial(0, quads) as k, T.serial(0, BLOCK) as lane:
                 with T.serial(0, quad) as i:
                     output, source = (task % blocks) * BLOCK + lane, k * quad + i

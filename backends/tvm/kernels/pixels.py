@@ -12,9 +12,9 @@ from t3c_compile.backends.tvm.kernels.emit import (
     accumulators,
     ceil_div,
     fill,
+    for_each,
     load,
     store,
-    tasks,
     top_bits,
     vec,
 )
@@ -89,7 +89,8 @@ def convolve(
         return (output // BLOCK) * block_bytes + tap * tap_bytes + k * (BLOCK * QUAD) + (output % BLOCK) * QUAD
 
     work = x.groups * outputs * x.quads * QUAD * taps * w.pixels
-    with tasks(pixel_chunks * x.groups * blocks, work) as number:
+    @for_each(pixel_chunks * x.groups * blocks, work)
+    def _(number: Index) -> None:
         start = T.bind(number // (x.groups * blocks) * most)
         group = T.bind(number // blocks % x.groups)
         output = T.bind(number % blocks * rows)
@@ -138,7 +139,8 @@ def depthwise(isa: Isa, w: Window, x: Planes, weights: Buffer, channels: int, bi
             value = (value + T.int8(step // 2)) & T.int8(-step)
         return T.cast(value, "int32")
 
-    with tasks(pixel_chunks * x.quads, channels * taps * w.pixels) as number:
+    @for_each(pixel_chunks * x.quads, channels * taps * w.pixels)
+    def _(number: Index) -> None:
         start = T.bind(number // x.quads * most)
         quad = T.bind(number % x.quads)
         pixels = T.min(most, w.pixels - start) if pixel_chunks > 1 else w.pixels

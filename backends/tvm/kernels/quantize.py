@@ -8,13 +8,13 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import (
-    PARALLEL_WORK,
     Index,
     Shape,
     ceil_div,
     chunks,
     fill,
     float32,
+    for_each,
     load,
     prim_func,
     store,
@@ -37,13 +37,11 @@ def _elementwise(
         def block(start: Index, count: Index) -> None:
             chunks(count, lanes, lambda i, n: store(y, start + i, convert(load(x, start + i, n), n), n))
 
-        if isinstance(total, int) and total < PARALLEL_WORK:
-            block(0, total)
-        else:
-            whole = ceil_div(total, _TASK)
-            with T.parallel(0, whole) as task:
-                start = task * _TASK
-                when(start + _TASK <= total, lambda: block(start, _TASK), lambda: block(start, total - start))
+        @for_each(ceil_div(total, _TASK), total)
+        def _(task: Index) -> None:
+            start = T.bind(task * _TASK)
+            when(start + _TASK <= total, lambda: block(start, _TASK), lambda: block(start, total - start))
+
     return function.func
 
 

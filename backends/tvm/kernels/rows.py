@@ -13,11 +13,11 @@ from t3c_compile.backends.tvm.kernels.emit import (
     Index,
     chunks,
     fill,
+    for_each,
     load,
     prim_func,
     product,
     store,
-    tasks,
 )
 from t3c_compile.backends.tvm.kernels.isa import Isa
 
@@ -61,7 +61,8 @@ def softmax(isa: Isa, lead: tuple[int | str, ...], count: int) -> tvm.tirx.PrimF
     with prim_func("softmax") as function:
         x, y = function.args(x=((*lead, count), "float32"), y=((*lead, count), "float32"))
         rows = function.size(lead)
-        with tasks(rows, product((rows, count, 8))) as row:
+        @for_each(rows, product((rows, count, 8)))
+        def _(row: Index) -> None:
             softmax_row(isa.lanes, count, x, y, row * count, row * count)
     return function.func
 
@@ -74,7 +75,8 @@ def layer_norm(isa: Isa, lead: tuple[int | str, ...], count: int, epsilon: float
             x=((*lead, count), "float32"), gamma=((count,), "float32"), beta=((count,), "float32"), y=((*lead, count), "float32")
         )
         rows, lanes = function.size(lead), isa.lanes
-        with tasks(rows, product((rows, count, 4))) as row:
+        @for_each(rows, product((rows, count, 4)))
+        def _(row: Index) -> None:
             start = T.bind(row * count)
             total = reduce_row(lanes, count, 0.0, lambda i, n: load(x, start + i, n), lambda a, b: a + b)
             mean = T.bind(total * T.float32(1 / count))

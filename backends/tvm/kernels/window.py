@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, chunks, fill, store, tasks, vec, when
+from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, chunks, fill, for_each, store, vec, when
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
 # words(quad, row, column, lanes, column step): int32 words of the source image
@@ -118,7 +118,8 @@ def spread(isa: Isa, w: Window, quads: int, source: Source, zero: int) -> Buffer
         )
         blank(start + last, columns - last)
 
-    with tasks(phases[0] * quads, phases[0] * phases[1] * quads * w.plane_words * QUAD) as task:
+    @for_each(phases[0] * quads, phases[0] * phases[1] * quads * w.plane_words * QUAD)
+    def _(task: Index) -> None:
         py, quad = T.bind(task // quads), T.bind(task % quads)
         for px in range(phases[1]):
             plane = ((py * phases[1] + px) * quads + quad) * w.plane_words

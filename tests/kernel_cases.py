@@ -1,0 +1,269 @@
+"""Every deployment op over a grid of shapes, as kernels of one library: numpy arguments and the answers of the torch reference.
+
+:func:`run_calls` needs numpy and TVM's runtime alone, so that the same cases run on a device or in an emulator: compile with
+:func:`compile_cases`, ship the library and the arrays.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Kernel ``name`` on ``args`` writes an array of ``shape`` and ``dtype``."""
+
+    name: str
+    args: tuple[Array, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, what it must give, and the kernel's source for an instruction set."""
+
+    call: Call
+    expected: Array
+    kernel: Callable[..., object] = field(repr=False)
+
+
+def run_calls(library: Path, calls: Sequence[Call]) -> list[Array]:
+    """What each call gives, run from a compiled library."""
+    module = tvm.runtime.load_module(str(library))
+    results = []
+    for call in calls:
+        result = tvm.runtime.tensor(np.zeros(call.shape, call.dtype))
+        module[call.name](*(tvm.runtime.tensor(a) for a in call.args), result)
+        results.append(result.numpy())
+    return results
+
+
+def build_cases() -> list[Case]:
+    """The grid. Inputs reach both ends of int8, zero-points too; ranks lie below the store's; shapes are ragged."""
+    from t3c_compile.backends.tvm.kernels import quantize  # noqa: F401
+
+    make = _Maker(np.random.default_rng(7))
+    make.quantize()
+    for rows, inputs, outputs, bits, zero_point in [
+        (1, 64, 64, 8, 0),
+        (7, 30, 100, 4, -128),
+        (13, 33, 17, 6, 127),
+        (197, 40, 10, 8, 5),
+        (100, 129, 130, 4, -3),
+    ]:
+        make.int8_linear(rows, inputs, outputs, bits, zero_point)
+        make.weight_only_linear(rows, inputs, outputs, bits)
+    for rows, inputs, outputs, max_rank, rank, bits, zero_point in [
+        (8, 64, 96, 32, 16, 8, 3),
+        (5, 30, 50, 21, 9, 6, -128),
+        (1, 17, 5, 7, 7, 4, 127),
+        (101, 70, 90, 48, 33, 8, 0),
+    ]:
+        make.svd_linear(rows, inputs, outputs, max_rank, rank, bits, zero_point)
+    for case in [
+        # batch, channels, height, width, outputs, kernel, stride, padding, dilation, groups, bits, zero point
+        (1, 8, 6, 6, 8, 1, 1, 0, 1, 1, 8, 0),
+        (2, 3, 9, 7, 5, 3, 1, 1, 1, 1, 8, -128),
+        (1, 3, 20, 33, 12, 7, 2, 3, 1, 1, 8, 127),
+        (1, 16, 14, 14, 32, 3, 2, 1, 1, 1, 4, -3),
+        (1, 10, 13, 12, 33, 3, 1, 2, 2, 1, 6, 9),
+        (1, 12, 10, 11, 18, 3, 1, 1, 1, 2, 8, 4),
+        (1, 12, 5, 5, 20, 2, 3, 1, 1, 4, 4, -4),
+        (1, 16, 15, 13, 24, 1, 2, 0, 1, 1, 8, 1),
+        (1, 20, 10, 11, 20, 5, 1, 2, 1, 20, 4, 127),
+        (2, 10, 9, 11, 10, 3, 2, 1, 1, 10, 8, -128),
+        (1, 6, 30, 40, 9, 3, 1, 1, 1, 1, 8, 2),
+    ]:
+        make.int8_conv2d(*case)
+    for form in ("svd", "tucker2", "cp"):
+        for case in [
+            # batch, channels, height, width, outputs, kernel, stride, padding, max ranks, rank, bits, zero point
+            (2, 12, 9, 7, 20, 3, 1, 1, (16, 12), 8, 8, 3),
+            (1, 13, 9, 8, 21, 3, 2, 1, (9, 13), 7, 4, -128),
+            (1, 5, 24, 31, 6, 5, 1, 2, (8, 8), 8, 6, 127),
+        ]:
+            make.chain(form, *case)
+    return make.cases
+
+
+def compile_cases(cases: Sequence[Case], target_name: str, path: Path | None = None) -> tvm.runtime.Module:
+    """The kernels of ``cases`` for a target, exported to ``path`` where one is given."""
+    from t3c_compile.backends.targets import get_target
+    from t3c_compile.backends.tvm.build import link
+    from t3c_compile.backends.tvm.kernels.isa import isa_for
+
+    target = get_target(target_name)
+    isa = isa_for(target)
+    functions = {c.call.name: c.kernel(isa).with_attr("global_symbol", c.call.name) for c in cases}  # type: ignore[attr-defined]
+    module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(dict(target.tvm)))
+    if path is not None:
+        link(module, target, path)
+    return module
+
+
+def pack_numpy(packing: object, raw: Array) -> Array:
+    """The meaning of a packing, by numpy; what the pack kernels are held against."""
+    p = packing
+    blocks, quad = -(-p.outputs // 16), 4 if p.layout == "quads" else 1  # type: ignore[attr-defined]
+    quads = -(-p.inputs // quad)  # type: ignore[attr-defined]
+    packed = np.zeros((p.groups, blocks * 16, p.taps, quads * quad), raw.dtype)  # type: ignore[attr-defined]
+    g, o, t, i = np.ix_(*(range(n) for n in (p.groups, p.outputs, p.taps, p.inputs)))  # type: ignore[attr-defined]
+    so, si, st = p.strides  # type: ignore[attr-defined]
+    packed[:, : p.outputs, :, : p.inputs] = raw.reshape(-1)[(g * p.outputs + o) * so + i * si + t * st]  # type: ignore[attr-defined]
+    packed = packed.reshape(p.groups * blocks, 16, p.taps * quads, quad).transpose(0, 2, 1, 3)  # type: ignore[attr-defined]
+    return np.ascontiguousarray(packed.reshape(p.shape))  # type: ignore[attr-defined]
+
+
+class _Maker:
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.cases: list[Case] = []
+
+    def add(self, args: Sequence[Array], expected: object, kernel: Callable[..., object], name: str) -> None:
+        answer = expected.numpy()  # type: ignore[attr-defined]
+        call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype))
+        self.cases.append(Case(call, answer, kernel))
+
+    def activations(self, *shape: int) -> Array:
+        x = self.rng.integers(-128, 128, shape).astype("int8")
+        x.reshape(-1)[: 1 + x.size // 8] = -128
+        x.reshape(-1)[-(1 + x.size // 8) :] = 127
+        return x
+
+    def weights(self, *shape: int) -> Array:
+        w = self.rng.integers(-119, 120, shape).astype("int8")
+        w.reshape(-1)[: 1 + w.size // 8] = 119
+        w.reshape(-1)[-(1 + w.size // 8) :] = -119
+        return w
+
+    def floats(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Array:
+        return self.rng.uniform(low, high, shape).astype("float32")
+
+    def quantize(self) -> None:
+        from t3c_compile.backends.tvm.kernels import quantize
+
+        for shape, scale, zero_point in [((3, 50), 0.05, -128), ((257,), 0.37, 127), ((2, 5, 9000), 1e-3, 0)]:
+            x = self.floats(*shape, low=-20, high=20)
+            # Ties between two integers, and values far outside the range.
+            x.reshape(-1)[:40] = (np.arange(40) - 20.5) * np.float32(scale)
+            x.reshape(-1)[40:42] = 1e30, -1e30
+            q = _op("quantize_int8", x, scale, zero_point)
+            self.add([x], q, lambda isa, a=(shape, scale, zero_point): quantize.quantize(isa, *a), "quantize")
+            back = _op("dequantize_int8", q.numpy(), scale, zero_point)  # type: ignore[attr-defined]
+            self.add([q.numpy()], back, lambda isa, a=(shape, scale, zero_point): quantize.dequantize(isa, *a), "dequantize")  # type: ignore[attr-defined]
+
+    def int8_linear(self, rows: int, inputs: int, outputs: int, bits: int, zero_point: int) -> None:
+        from t3c_compile.backends.tvm.kernels import linear, pack
+
+        x, w = self.activations(rows, inputs), self.weights(outputs, inputs)
+        scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
+        spec = linear.LinearSpec((rows,), inputs, outputs, 0.02, zero_point, bits, bias=bias is not None)
+        args = [x, pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
+        expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
+        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
+
+    def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int) -> None:
+        from t3c_compile.backends.tvm.kernels import floats, pack
+
+        x, w = self.floats(rows, inputs), self.weights(outputs, inputs)
+        scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
+        spec = floats.FloatLinearSpec((rows,), inputs, outputs, bits, bias is not None)
+        args = [x, pack_numpy(pack.lanes_of_matrix(w.shape, "int8"), w), scale, bias]
+        expected = _op("weight_only_linear", x, w, scale, bias, bits)
+        self.add(_present(args), expected, lambda isa: floats.float_linear(isa, spec), "weight_only_linear")
+
+    def svd_linear(
+        self, rows: int, inputs: int, outputs: int, max_rank: int, rank: int, bits: int, zero_point: int
+    ) -> None:
+        from t3c_compile.backends.tvm.kernels import linear, pack
+
+        x, v, u = self.activations(rows, inputs), self.weights(max_rank, inputs), self.weights(max_rank, outputs)
+        mid = self.floats(max_rank, low=1e-4, high=0.01)
+        gain, bias = (self.floats(outputs), self.floats(outputs)) if bits != 6 else (None, None)
+        spec = linear.LinearSpec(
+            (rows,), inputs, outputs, 0.02, zero_point, bits, gain is not None, bias is not None, max_rank, rank, 0.3
+        )
+        packed = [
+            pack_numpy(pack.quads_of_matrix(v.shape), v),
+            pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u),
+        ]
+        expected = _op("svd_linear", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, rank, bits)
+        args = _present([x, *packed, mid, gain, bias])
+        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear")
+
+    def int8_conv2d(
+        self, n: int, c: int, h: int, w: int, o: int, k: int, s: int, p: int, d: int, g: int, bits: int, zero_point: int
+    ) -> None:
+        from t3c_compile.backends.tvm.kernels import conv, pack
+        from t3c_compile.backends.tvm.kernels.window import Window
+
+        x, weight = self.activations(n, c, h, w), self.weights(o, c // g, k, k)
+        scale, bias = self.floats(o, low=0.01), self.floats(o) if bits != 6 else None
+        window = Window((h, w), (k, k), (s, s), (p, p), (d, d))
+        spec = conv.ConvSpec(n, c, o, window, g, 0.02, zero_point, bits, bias is not None)
+        packed = weight if spec.is_depthwise else pack_numpy(pack.quads_of_conv(weight.shape, g), weight)
+        expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
+        args = _present([x, packed, scale, bias])
+        self.add(args, expected, lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d")
+
+    def chain(
+        self,
+        form: str,
+        n: int,
+        c: int,
+        h: int,
+        w: int,
+        o: int,
+        k: int,
+        s: int,
+        p: int,
+        ranks: tuple[int, int],
+        rank: int,
+        bits: int,
+        zero_point: int,
+    ) -> None:
+        from t3c_compile.backends.tvm.kernels import conv, pack
+        from t3c_compile.backends.tvm.kernels.window import Window
+
+        r_in, r_out = ranks if form == "tucker2" else (ranks[0], ranks[0])
+        x, v, u = self.activations(n, c, h, w), self.weights(r_in, c), self.weights(r_out, o)
+        mid, out_scale = self.floats(r_in, low=1e-4, high=0.01), self.floats(r_out, low=1e-4, high=0.01)
+        gain, bias = (self.floats(o), self.floats(o)) if bits != 6 else (None, None)
+        size, stride, padding = ((1, 1), [s, s], (0, 0)) if form == "svd" else ((k, k), [s, s], (p, p))
+        window = Window((h, w), size, (s, s), padding, (1, 1))
+        spec = conv.ChainSpec(
+            form, n, c, o, window, (r_in, r_out), rank, bits, 0.02, zero_point, 0.3, 0.7, gain is not None, bias is not None
+        )
+        packed_v = pack_numpy(pack.quads_of_matrix(v.shape), v)
+        packed_u = pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u)
+        if form == "svd":
+            expected = _op("svd_conv2d", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, stride, rank, bits)
+            args = [x, packed_v, packed_u, mid, gain, bias]
+        else:
+            core = self.weights(r_out, r_in, k, k) if form == "tucker2" else self.weights(r_in, k, k)
+            numbers = (0.02, zero_point, 0.3, 0.7, stride, [p, p], [1, 1], rank, bits)
+            expected = _op(f"{form}_conv2d", x, v, core, u, mid, out_scale, gain, bias, *numbers)
+            packed = pack_numpy(pack.quads_of_conv(core.shape), core) if form == "tucker2" else core
+            args = [x, packed_v, packed, packed_u, mid, out_scale, gain, bias]
+        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
+
+
+def _present(args: Sequence[Array | None]) -> list[Array]:
+    return [a for a in args if a is not None]
+
+
+def _op(name: str, *args: object) -> object:
+    """The torch reference of a ``t3c::`` op on numpy arguments."""
+    import torch
+
+    import t3c_compile.passes.ops  # noqa: F401  (registers the ops)
+
+    values = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in args]
+    return getattr(torch.ops.t3c, name)(*values)

@@ -1,0 +1,105 @@
+"""Every kernel against the torch reference of its op, run from a compiled library; and the instructions it must use."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from kernel_cases import Array, Case, build_cases, compile_cases, pack_numpy, run_calls
+
+from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
+from t3c_compile.backends.tvm.kernels import pack
+from t3c_compile.backends.tvm.kernels.isa import isa_for
+from t3c_compile.passes.ops import DEPLOYMENT_OPS
+
+CASES = build_cases()
+HOST_TARGETS = ("x86_64", "x86_64-v3")
+
+
+def assert_close(case: Case, result: Array) -> None:
+    if case.expected.dtype == np.int8:
+        np.testing.assert_array_equal(result, case.expected, err_msg=case.call.name)
+    else:
+        # A middle off by one step in one place would move an output by far more than this.
+        largest = np.abs(case.expected).max()
+        np.testing.assert_allclose(result, case.expected, rtol=1e-5, atol=1e-6 * largest, err_msg=case.call.name)
+
+
+@pytest.fixture(scope="module", params=HOST_TARGETS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
+    path = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
+    compile_cases(CASES, request.param, path)
+    return dict(zip((c.call.name for c in CASES), run_calls(path, [c.call for c in CASES]), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.call.name)
+def test_kernel_equals_reference(case: Case, results: dict[str, Array]) -> None:
+    assert_close(case, results[case.call.name])
+
+
+def test_every_deployment_op_has_a_case() -> None:
+    covered = {case.call.name.rpartition("_")[0] for case in CASES}
+    assert covered == {op.removesuffix("_int8") for op in DEPLOYMENT_OPS}
+
+
+def test_a_wrong_step_in_the_middle_is_seen() -> None:
+    """The comparison can fail: one output off by one int8 step of its input is reported."""
+    case = next(c for c in CASES if c.call.name.startswith("svd_linear"))
+    wrong = case.expected.copy()
+    wrong.reshape(-1)[3] += np.float32(np.abs(case.expected).max() * 1e-4)
+    with pytest.raises(AssertionError):
+        assert_close(case, wrong)
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        pack.quads_of_matrix((33, 18)),
+        pack.quads_of_matrix((9, 40), transposed=True),
+        pack.quads_of_conv((12, 5, 3, 3), groups=2),
+        pack.lanes_of_matrix((20, 7), "float32"),
+    ],
+    ids=lambda p: f"{p.layout}{p.raw_shape}",
+)
+def test_pack_kernel(packing: pack.Packing) -> None:
+    raw = np.arange(np.prod(packing.raw_shape)).astype(packing.dtype).reshape(packing.raw_shape)
+    kernel = pack.pack(packing).with_attr("global_symbol", "pack")
+    module = tvm.tirx.build(tvm.IRModule({"pack": kernel}), target=tvm.target.Target(dict(get_target("x86_64").tvm)))
+    packed = tvm.runtime.tensor(np.ones(packing.shape, packing.dtype))
+    module["pack"](tvm.runtime.tensor(raw), packed)
+    np.testing.assert_array_equal(packed.numpy(), pack_numpy(packing, raw))
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [("cortex-a76", "sdot"), ("arm64", "smull"), ("x86_64-v3", "vpmaddubsw")]
+)
+def test_dot_product_instruction(target: str, instruction: str) -> None:
+    kinds = ("int8_linear", "svd_linear", "int8_conv2d", "tucker2_conv2d")
+    chosen = [next(c for c in CASES if c.call.name.startswith(kind)) for kind in kinds]
+    for case in chosen:
+        assert instruction in compile_cases([case], target).inspect_source("asm"), case.call.name
+
+
+def test_host_uses_vnni_where_it_has_it() -> None:
+    if get_target("x86_64").simd != "avx512vnni":
+        pytest.skip("this host has no AVX512-VNNI")
+    case = next(c for c in CASES if c.call.name.startswith("int8_linear"))
+    assert "vpdpbusd" in compile_cases([case], "x86_64").inspect_source("asm")
+
+
+def test_arm64_links(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.so"
+    compile_cases(CASES[:2], "arm64", path)
+    header = path.read_bytes()[:20]
+    assert header[:4] == b"\x7fELF"
+    assert int.from_bytes(header[18:20], "little") == 183  # EM_AARCH64
+
+
+def test_targets() -> None:
+    for name in list_targets():
+        target = get_target(name)
+        assert target.name == name
+        assert isa_for(target).name == target.simd
+        assert set(target.bits) == {4, 6, 8}
+    with pytest.raises(UnknownTargetError, match="x86_64-v3"):
+        get_target("z80")
