@@ -129,13 +129,19 @@ def _rename_clashes(evaluated: GraphModule, trained: GraphModule) -> None:
 
 
 class _Both(nn.Module):
-    """Looks a name up in the evaluation capture, then in the training one."""
+    """The tensors of both captures by name, copied (export shares them with the model); tied ones stay tied."""
 
     def __init__(self, evaluated: GraphModule, trained: GraphModule) -> None:
         super().__init__()
+        copies: dict[int, Tensor] = {}
         for module in (trained, evaluated):
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                self._place(name, tensor)
+            named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+            for name, tensor in named:
+                if id(tensor) not in copies:
+                    copy = tensor.detach().clone()
+                    needs = tensor.requires_grad
+                    copies[id(tensor)] = nn.Parameter(copy, needs) if isinstance(tensor, nn.Parameter) else copy
+                self._place(name, copies[id(tensor)])
 
     def _place(self, name: str, tensor: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")

@@ -12,8 +12,7 @@ from t3c_compile.passes.base import Pass, erase_dead_attrs, get_attr
 aten = torch.ops.aten
 t3c = torch.ops.t3c
 
-_BATCH_NORM = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
-_FLOAT = (aten.conv2d.default, aten.linear.default)
+_FLOAT = (aten.conv2d.default, aten.conv2d.padding, aten.linear.default)
 _CHAINS = (t3c.svd_conv2d.default, t3c.tucker2_conv2d.default, t3c.cp_conv2d.default, t3c.svd_linear.default)
 _DENSE = (t3c.int8_conv2d.default, t3c.int8_linear.default)
 

@@ -32,7 +32,8 @@ class ElasticGraphModule(GraphModule):
 
     def _copy_missing(self, root: nn.Module, graph: Graph) -> None:
         extra = GraphModule(root, graph)
-        for name, tensor in [*extra.named_parameters(), *extra.named_buffers()]:
+        tensors = [*extra.named_parameters(remove_duplicate=False), *extra.named_buffers(remove_duplicate=False)]
+        for name, tensor in tensors:
             owner, _, leaf = name.rpartition(".")
             if not _has(self, name):
                 module = _make_path(self, owner)

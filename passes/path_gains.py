@@ -21,10 +21,10 @@ _PROBES = 16
 class PathGains(Pass):
     """Writes ``node.meta["t3c_gain"]`` of every elastic call and ``gm.meta["t3c_gains"]`` by layer.
 
-    ``calibration`` are input tuples. The gain is the greatest, over the samples, spectral norm of the Jacobian from the
-    layer's output to the logits, measured by vector-Jacobian products: all of them for up to 32 logits, else Gaussian
-    probes, whose root mean square is the Frobenius norm (an upper bound). A layer the gradient does not reach gets the
-    product of operator norms summed over all paths of the dataflow graph.
+    ``calibration`` are input tuples, of which the first 32 samples are used. The gain is the greatest, over the samples,
+    spectral norm of the Jacobian from the layer's output to the logits, measured by vector-Jacobian products: all of
+    them for up to 32 logits, else Gaussian probes, whose root mean square is the Frobenius norm (an upper bound). A
+    layer the gradient does not reach gets the product of operator norms summed over all paths of the dataflow graph.
     """
 
     name: ClassVar[str] = "path-gains"
@@ -73,43 +73,56 @@ class _Tap(Interpreter):
         return result
 
 
+def samples_of(gm: GraphModule, calibration: Iterable[tuple[Any, ...]], most: int = 32) -> list[tuple[Any, ...]]:
+    """Up to ``most`` inputs of one sample each; whole batches where the graph's batch size is fixed.
+
+    Layers may fold the batch into other dimensions, so only a batch of one says what belongs to one sample.
+    """
+    free = gm.meta.get("t3c_dynamic_shapes") is not None
+    found: list[tuple[Any, ...]] = []
+    for inputs in calibration:
+        size = max((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), default=1)
+        if not free:
+            found.append(inputs)
+            continue
+        for i in range(size):
+            found.append(tuple(x[i : i + 1] if isinstance(x, Tensor) and x.dim() else x for x in inputs))
+    return found[:most]
+
+
 def measured_gains(gm: GraphModule, nodes: list[Node], calibration: Iterable[tuple[Any, ...]]) -> dict[Node, float]:
     """Greatest Jacobian norm over the samples, for each node the gradient reaches."""
     generator = torch.Generator().manual_seed(0)
     gains: dict[Node, float] = {}
-    for inputs in calibration:
+    for inputs in samples_of(gm, calibration):
         tap = _Tap(gm, nodes)
         with torch.enable_grad():
-            result = tap.run(*inputs)
-        logits = first_tensor(result)
-        logits = logits.reshape(len(logits), -1)
+            logits = first_tensor(tap.run(*inputs)).flatten()
         found = list(tap.outputs)
         grams = _jacobian_grams(logits, [tap.outputs[node] for node in found], generator)
         for node, gram in zip(found, grams, strict=True):
             if gram is not None:
-                exact = logits.shape[1] <= _EXACT_OUTPUTS
-                norms = torch.linalg.eigvalsh(gram)[:, -1] if exact else gram.diagonal(dim1=1, dim2=2).mean(1)
-                gains[node] = max(gains.get(node, 0.0), float(norms.clamp_min(0).sqrt().max()))
+                square = torch.linalg.eigvalsh(gram)[-1] if len(logits) <= _EXACT_OUTPUTS else gram.diagonal().mean()
+                gains[node] = max(gains.get(node, 0.0), float(square.clamp_min(0).sqrt()))
     return gains
 
 
 def _jacobian_grams(logits: Tensor, outputs: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:
-    """``P J J^T P^T`` [batch, probes, probes] for every output, P the identity or Gaussian probes."""
-    size = logits.shape[1]
-    exact = size <= _EXACT_OUTPUTS
-    probes = torch.eye(size) if exact else torch.randn(_PROBES, size, generator=generator)
+    """``P J J^T P^T`` [probes, probes] for every output, P the identity or Gaussian probes."""
+    size = len(logits)
+    probes = torch.eye(size) if size <= _EXACT_OUTPUTS else torch.randn(_PROBES, size, generator=generator)
     rows: list[list[Tensor | None]] = [[] for _ in outputs]
     for probe in probes:
         grads = torch.autograd.grad((logits @ probe).sum(), outputs, retain_graph=True, allow_unused=True)
         for collected, grad in zip(rows, grads, strict=True):
-            collected.append(None if grad is None else grad.detach().flatten(1))
+            collected.append(None if grad is None else grad.detach().flatten())
     grams: list[Tensor | None] = []
     for collected in rows:
         if any(row is None for row in collected):
             grams.append(None)
         else:
-            jacobian = torch.stack([row for row in collected if row is not None], dim=1)
-            grams.append(jacobian @ jacobian.transpose(1, 2))
+            jacobian = torch.stack([row for row in collected if row is not None])
+            grams.append(jacobian @ jacobian.T)
     return grams
 
 

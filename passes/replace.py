@@ -40,7 +40,9 @@ def replace_with_elastic(gm: GraphModule, node: Node, candidate: Candidate, buil
         layer = build(gm, candidate, weight, bias)
         assert isinstance(layer, ElasticLayer)
         layer.train(gm.training)
-        layer.rows_in, layer.rows_out = rows(node.args[0], candidate.kind), rows(node, candidate.kind)
+        batch = batch_hint(gm)
+        layer.rows_in = rows(node.args[0], candidate.kind, batch)
+        layer.rows_out = rows(node, candidate.kind, batch)
         report_of(gm).elastic[candidate.layer] = LayerRecord(
             candidate.layer, op_name(node), layer.form, tuple(weight.shape), layer.max_rank, candidate.reason
         )
@@ -57,13 +59,25 @@ def replace_with_elastic(gm: GraphModule, node: Node, candidate: Candidate, buil
     erase_dead_attrs(gm)
 
 
-def rows(node: Any, kind: str) -> int:
-    """Positions one sample has at a node: tokens of a linear, pixels of a convolution; symbolic sizes by their hint."""
+def rows(node: Any, kind: str, batch: int) -> int:
+    """Positions one sample has at a node (tokens of a linear, pixels of a convolution) in a graph captured at ``batch``."""
     value = node.meta.get("val")
     if value is None:
         return 1
-    sizes = value.shape[2:] if kind == "conv2d" else value.shape[1:-1]
-    return math.prod(int(getattr(getattr(size, "node", None), "hint", None) or size) for size in sizes)
+    features = 1 if kind == "conv2d" else len(value.shape) - 1
+    return max(1, math.prod(_hint(size) for i, size in enumerate(value.shape) if i != features) // batch)
+
+
+def batch_hint(gm: GraphModule) -> int:
+    """Dimension 0 of the first input at capture."""
+    first = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    value = first.meta.get("val")
+    return _hint(value.shape[0]) if isinstance(value, Tensor) and value.dim() else 1
+
+
+def _hint(size: Any) -> int:
+    """A size as a number; a symbolic one by the size it was captured with."""
+    return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
 def _drop_attr(gm: GraphModule, target: str) -> None:

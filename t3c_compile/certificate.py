@@ -18,8 +18,10 @@ from t3c_compile.passes.elastic import ElasticLayer, elastic_layers
 from t3c_compile.passes.elastic.layer import Activation
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
-from t3c_compile.passes.path_gains import kernel_factor, path_gains
+from t3c_compile.passes.path_gains import kernel_factor, path_gains, samples_of
 from t3c_compile.passes.specialize import as_dense
+
+_NORM_SAMPLES = 256
 
 Gates = Mapping[str, tuple[Tensor, Tensor]]
 """By layer: prefix mask [max_rank] and width (0-d), as the controller makes them."""
@@ -45,22 +47,21 @@ def layer_statistics(model: ElasticGraphModule, calibration: Sequence[tuple[Any,
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            flat = inputs[0].detach().flatten(1)
-            squares.setdefault(name, []).append(flat.square().sum(1))
-            sizes[name] = flat.shape[1]
+            squares.setdefault(name, []).append(inputs[0].detach().square().sum())
+            sizes[name] = inputs[0].numel()
 
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in elastic_layers(model)]
     try:
         with torch.no_grad():
-            for inputs in calibration:
+            for inputs in samples_of(model, calibration, _NORM_SAMPLES):
                 model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
         model.train(training)
-    norms = {name: math.sqrt(float(torch.cat(parts).mean())) for name, parts in squares.items()}
+    norms = {name: math.sqrt(float(torch.stack(parts).mean())) for name, parts in squares.items()}
     return {name: LayerStatistics(gains[name], norms[name], sizes[name]) for name in norms}
 
 
