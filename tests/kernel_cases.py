@@ -1,7 +1,7 @@
-"""Every deployment op over a grid of shapes, as kernels of one library: numpy arguments and the answers of the torch reference.
+"""Every deployment op over a grid of shapes, as kernels of one library: numpy arguments and torch's answers.
 
-:func:`run_calls` needs numpy and TVM's runtime alone, so that the same cases run on a device or in an emulator: compile with
-:func:`compile_cases`, ship the library and the arrays.
+:func:`run_calls` needs numpy and TVM's runtime alone, so that the same cases run on a device or in an emulator:
+compile with :func:`compile_cases`, ship the library and the arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -157,7 +157,9 @@ class _Maker:
             q = _op("quantize_int8", x, scale, zero_point)
             self.add([x], q, lambda isa, a=(shape, scale, zero_point): quantize.quantize(isa, *a), "quantize")
             back = _op("dequantize_int8", q.numpy(), scale, zero_point)  # type: ignore[attr-defined]
-            self.add([q.numpy()], back, lambda isa, a=(shape, scale, zero_point): quantize.dequantize(isa, *a), "dequantize")  # type: ignore[attr-defined]
+            self.add(
+                [q.numpy()], back, lambda isa, a=(shape, scale, zero_point): quantize.dequantize(isa, *a), "dequantize"
+            )  # type: ignore[attr-defined]
 
     def int8_linear(self, rows: int, inputs: int, outputs: int, bits: int, zero_point: int) -> None:
         from t3c_compile.backends.tvm.kernels import linear, pack
@@ -239,7 +241,20 @@ class _Maker:
         size, stride, padding = ((1, 1), [s, s], (0, 0)) if form == "svd" else ((k, k), [s, s], (p, p))
         window = Window((h, w), size, (s, s), padding, (1, 1))
         spec = conv.ChainSpec(
-            form, n, c, o, window, (r_in, r_out), rank, bits, 0.02, zero_point, 0.3, 0.7, gain is not None, bias is not None
+            form,
+            n,
+            c,
+            o,
+            window,
+            (r_in, r_out),
+            rank,
+            bits,
+            0.02,
+            zero_point,
+            0.3,
+            0.7,
+            gain is not None,
+            bias is not None,
         )
         packed_v = pack_numpy(pack.quads_of_matrix(v.shape), v)
         packed_u = pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u)

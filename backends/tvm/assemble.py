@@ -29,7 +29,7 @@ class TensorInfo:
 def assemble(
     programs: Mapping[str, torch.export.ExportedProgram], isa: Isa
 ) -> tuple[tvm.IRModule, tuple[TensorInfo, ...], tuple[str, ...]]:
-    """One Relax module with a function ``f(*inputs, tensors)`` a profile and ``pack``; its inputs; the raw names ``pack`` takes.
+    """One Relax module with ``f(*inputs, tensors)`` for each profile and ``pack``; the inputs; what ``pack`` takes.
 
     Every PrimFunc in it is scheduled and carries ``t3c.schedule``.
     """
@@ -105,7 +105,7 @@ class _Merged:
         self.module.update_func(tvm.ir.GlobalVar(name), main)
 
     def _kernel(self, variable: tvm.ir.GlobalVar, function: tvm.tirx.PrimFunc) -> tvm.ir.GlobalVar:
-        key = tvm_ffi.StructuralKey(function.without_attr("global_symbol"))
+        key = tvm_ffi.StructuralKey(function.without_attr("global_symbol"))  # type: ignore[call-arg]
         if key not in self._kernels:
             kernel = tvm.ir.GlobalVar(f"{variable.name_hint.rstrip('0123456789_')}_{len(self._kernels)}")
             relax.expr._update_type(kernel, variable.ty)

@@ -20,8 +20,8 @@ from t3c_compile.backends.tvm.legalize import runtime_pipeline
 class Library:
     """What a built library holds.
 
-    ``functions``: the VM function of each profile, ``f(*inputs, tensors)``. ``pack_function``: called once with the raw store
-    tensors named by ``raw_parameters`` in that order, it gives the ``tensors`` that every profile function takes.
+    ``functions``: the VM function of each profile, ``f(*inputs, tensors)``. ``pack_function``: called once with the
+    raw store tensors named by ``raw_parameters``, in that order, it gives the ``tensors`` every profile takes.
     ``kernels``: how each compiled kernel was scheduled, by name.
     """
 
@@ -35,11 +35,11 @@ class Library:
 
 
 def build_library(programs: Mapping[str, torch.export.ExportedProgram], target: Target, path: Path) -> Library:
-    """Compile ``programs`` (profile function name -> exported program) for ``target`` into a shared library at ``path``.
+    """Compile ``programs`` (function name -> exported program) for ``target`` into a shared library at ``path``.
 
     All programs take the same inputs and name the same tensors alike in their ``state_dict``. Raises
-    :class:`UnsupportedOpError` where a graph holds an op with no lowering, and ValueError where there is no program or the
-    programs differ in their inputs.
+    :class:`UnsupportedOpError` where a graph holds an op with no lowering, and ValueError where there is no
+    program or the programs differ in their inputs.
     """
     if not programs:
         raise ValueError("no program to build: give at least one profile")
@@ -55,7 +55,7 @@ def build_library(programs: Mapping[str, torch.export.ExportedProgram], target: 
 
 
 def link(module: tvm.runtime.Executable | tvm.runtime.Module, target: Target, path: Path) -> None:
-    """Write a compiled module as a shared library for ``target``; RuntimeError with the linker's words where that fails."""
+    """Write a compiled module as a shared library for ``target``; RuntimeError where linking fails."""
     if target.zig_triple is None:
         module.export_library(str(path))
     else:
@@ -66,7 +66,19 @@ def _zig_link(triple: str) -> Callable[..., None]:
     """A linker for ``export_library``: any host links for ``triple`` with the zig toolchain from PyPI."""
 
     def link(output: str, objects: list[str], options: list[str] | None = None) -> None:
-        command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, "-shared", "-o", output, *objects, *(options or [])]
+        command = [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "cc",
+            "-target",
+            triple,
+            "-shared",
+            "-o",
+            output,
+            *objects,
+            *(options or []),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"linking for {triple} failed:\n{done.stderr}")

@@ -1,7 +1,8 @@
 """From an exported program to Relax: the table of ``t3c::`` ops, and the ATen ops that have a kernel of their own.
 
-A converter takes (lowering, arguments by schema name) and gives the Relax expression of the result. Weights are asked for
-by :meth:`Lowering.packed`, which makes a parameter of the packed tensor and records how it comes from the raw one.
+A converter takes (lowering, arguments by schema name) and gives the Relax expression of the result. Weights are
+asked for by :meth:`Lowering.packed`, which makes a parameter of the packed tensor and records how it comes from
+the raw one.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,12 +43,14 @@ class Lowering:
     def __init__(self, isa: Isa, program: torch.export.ExportedProgram) -> None:
         self.isa = isa
         self.program = _prepare(program)
-        self.names = {spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target}
+        self.names = {
+            spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target
+        }
         self.tensors: dict[Key, relax.Var] = {}
         self._importer: Any = None
 
     def run(self) -> tvm.IRModule:
-        """Import as ``main(*inputs, *stored)``; the packed tensors of :attr:`tensors` are free variables of its body."""
+        """Import as ``main(*inputs, *stored)``; the packed tensors in :attr:`tensors` are free in its body."""
         _check_ops(self.program.graph)
         return from_exported_program(
             self.program,
@@ -74,7 +77,9 @@ class Lowering:
         """The parameter ``node``, packed at load."""
         key = (self.names[node.name], packing)
         if key not in self.tensors:
-            self.tensors[key] = relax.Var(f"{node.name}_{packing.layout}", relax.TensorType(packing.shape, packing.dtype))
+            self.tensors[key] = relax.Var(
+                f"{node.name}_{packing.layout}", relax.TensorType(packing.shape, packing.dtype)
+            )
         return self.tensors[key]
 
     def call(self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], dtype: str) -> relax.Var:
@@ -98,7 +103,7 @@ def _prepare(program: torch.export.ExportedProgram) -> torch.export.ExportedProg
     """Decompose to what the importer knows, and make every stored buffer a parameter, so that none is baked in."""
     table = torch.export.default_decompositions()
     for op in _KEPT_WHOLE:
-        table.pop(op, None)
+        table.pop(op, None)  # type: ignore[no-untyped-call]
     program = program.run_decompositions(table)
     kinds = torch.export.graph_signature.InputKind
     for spec in program.graph_signature.input_specs:
@@ -117,7 +122,9 @@ def _check_ops(graph: fx.Graph) -> None:
             offenders.append(f"  {node.name}: {node.target}" + (f" in layer {layer!r}" if layer else ""))
     if offenders:
         raise UnsupportedOpError(
-            "no lowering for these nodes:\n" + "\n".join(offenders) + "\nWrite the layer with supported ops, run it outside "
+            "no lowering for these nodes:\n"
+            + "\n".join(offenders)
+            + "\nWrite the layer with supported ops, run it outside "
             "the compiled model, or add a converter for the op to CONVERTERS in t3c_compile.backends.tvm.convert."
         )
 
@@ -248,7 +255,9 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var:
     return lower.call(conv.conv_chain(lower.isa, spec), args, [batch, outputs, *window.out], "float32")
 
 
-def _float_linear(lower: Lowering, x: relax.Expr, weight: fx.Node, scale: fx.Node | None, bits: int, bias: fx.Node | None) -> relax.Var:
+def _float_linear(
+    lower: Lowering, x: relax.Expr, weight: fx.Node, scale: fx.Node | None, bits: int, bias: fx.Node | None
+) -> relax.Var:
     *lead, inputs = shape_of(x)
     raw = tuple(shape_of(lower.value(weight)))
     packed = lower.packed(weight, pack.lanes_of_matrix(raw, "int8" if bits else "float32"))
@@ -273,7 +282,9 @@ def _attention(lower: Lowering, a: Arguments) -> relax.Var:
     """softmax(q k^T * scale + mask) v, as products that have kernels."""
     q, k, v = (lower.value(a[name]) for name in ("query", "key", "value"))
     if a["is_causal"] or a["enable_gqa"] or a["dropout_p"]:
-        raise UnsupportedOpError("scaled_dot_product_attention: give causal masks as attn_mask, repeat grouped heads, no dropout")
+        raise UnsupportedOpError(
+            "scaled_dot_product_attention: give causal masks as attn_mask, repeat grouped heads, no dropout"
+        )
     scale = a["scale"] or shape_of(q)[-1] ** -0.5
     order = list(range(len(shape_of(k))))
     order[-1], order[-2] = order[-2], order[-1]

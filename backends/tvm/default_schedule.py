@@ -72,7 +72,9 @@ def _schedule_block(schedule: Any, block: Any, lanes: int) -> str:
     if spatial:
         *outer, inner = spatial
         # Grow a short innermost loop until it fills a vector.
-        while outer and (size := _extent(schedule, inner)) is not None and size < lanes and _extent(schedule, outer[-1]):
+        while (
+            outer and (size := _extent(schedule, inner)) is not None and size < lanes and _extent(schedule, outer[-1])
+        ):
             inner = schedule.fuse(outer.pop(), inner)
         size = _extent(schedule, inner)
         width = 1 if size is None else gcd(size, lanes)

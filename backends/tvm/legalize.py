@@ -89,7 +89,11 @@ def _as_reshape(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 def _elementwise(math: Callable[[Expr], Expr], builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
     if str(call.ty.dtype) != "float32":
         return None
-    return builder.call_te(lambda x: te.compute(x.shape, lambda *i: math(x(*i)), name=math.__name__), call.args[0], primfunc_name_hint=math.__name__)
+    return builder.call_te(
+        lambda x: te.compute(x.shape, lambda *i: math(x(*i)), name=math.__name__),
+        call.args[0],
+        primfunc_name_hint=math.__name__,
+    )
 
 
 def _kernel_call(builder: relax.BlockBuilder, kernel: tvm.tirx.PrimFunc, name: str, call: relax.Call) -> relax.Expr:

@@ -38,7 +38,10 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class ChainSpec:
-    """A factorized convolution. ``form``: svd, tucker2 or cp. ``ranks``: the greatest (input, output) ranks; svd and cp have one."""
+    """A factorized convolution; ``form`` is svd, tucker2 or cp.
+
+    ``ranks``: the greatest (input, output) ranks, equal for svd and cp.
+    """
 
     form: str
     batch: int | str
@@ -74,7 +77,9 @@ def _read_image(
         part = channel_words(isa, x, base, size, rest)
         if quads == 1:
             return part(channel, pixel, lanes, step)
-        return T.if_then_else(quad % quads < quads - 1, full(channel, pixel, lanes, step), part(channel, pixel, lanes, step))
+        return T.if_then_else(
+            quad % quads < quads - 1, full(channel, pixel, lanes, step), part(channel, pixel, lanes, step)
+        )
 
     words = spread(isa, window, groups * quads, word, zero_point)
     return Planes(words, window.plane_words, quads, zero_point, groups)
@@ -125,7 +130,8 @@ def _is_pointwise(w: Window) -> bool:
 def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     """(int8 x, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain and bias if any, float32 y).
 
-    ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), a Tucker core by ``quads_of_conv``; a CP core is raw.
+    ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), a Tucker core by ``quads_of_conv``; a CP core
+    is raw.
     """
     w = s.window
     (r_in, r_out), svd = s.ranks, s.form == "svd"

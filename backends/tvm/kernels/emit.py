@@ -6,7 +6,7 @@ left for a scheduler, and a kernel compiles in milliseconds.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import tvm
@@ -72,7 +72,12 @@ def product(values: Sequence[Index]) -> Index:
     return total if number is None else number
 
 
+@overload
+def ceil_div(value: int, divisor: int) -> int: ...
+@overload
+def ceil_div(value: Expr, divisor: int) -> Expr: ...
 def ceil_div(value: Index, divisor: int) -> Index:
+    """``value / divisor`` rounded up."""
     return (value + divisor - 1) // divisor
 
 
@@ -194,7 +199,7 @@ def float32(value: float) -> tvm.tirx.FloatImm:
 
 
 def top_bits(weights: Expr, bits: int, lanes: int) -> Expr:
-    """``keep_top_bits`` on an int8 vector: round to the nearest multiple of ``2**(8 - bits)``, no overflow within +-119."""
+    """``keep_top_bits`` on an int8 vector: to the nearest multiple of ``2**(8 - bits)``; none overflows within 119."""
     if bits == 8:
         return weights
     step = 1 << (8 - bits)

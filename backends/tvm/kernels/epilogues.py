@@ -25,8 +25,10 @@ from t3c_compile.backends.tvm.kernels.window import SLACK, Window
 
 @dataclass(frozen=True)
 class Task:
-    """A block of ``rows`` outputs from ``first`` (counted over all groups; past ``limit`` they do not exist) and the ``pixels`` from
-    ``start``, at most ``most``."""
+    """``rows`` outputs from ``first`` (counted over all groups) and ``pixels`` from ``start``, at most ``most``.
+
+    Outputs from ``limit`` on do not exist; ``whole`` says that there are none such.
+    """
 
     first: Index
     rows: int
@@ -45,7 +47,7 @@ class Task:
 
 
 class Epilogue(Protocol):
-    """``begin`` once a task, ``put`` for each four rows of a pixel vector (``pixel`` counted within the task), ``end``."""
+    """``begin`` once a task, ``put`` for four rows of a vector of pixels (counted within the task), ``end``."""
 
     def begin(self, task: Task) -> None: ...
 
@@ -61,7 +63,15 @@ class ToImage:
     """
 
     def __init__(
-        self, isa: Isa, window: Window, y: Buffer, base: Index, scale: float, gain: Buffer | None, bias: Buffer | None, gain_first: bool
+        self,
+        isa: Isa,
+        window: Window,
+        y: Buffer,
+        base: Index,
+        scale: float,
+        gain: Buffer | None,
+        bias: Buffer | None,
+        gain_first: bool,
     ) -> None:
         self._isa, self._window, self._y, self._base = isa, window, y, base
         self._scale, self._gain, self._bias, self._gain_first = scale, gain, bias, gain_first
@@ -106,7 +116,7 @@ class ToImage:
 
 
 class ToWords:
-    """Requantize by ``scale[channel] * factor`` into words ``[channels / 4][stride]``; channels that do not exist are zero."""
+    """Requantize by ``scale[channel] * factor`` into words ``[channels / 4][stride]``; missing channels are zero."""
 
     def __init__(self, isa: Isa, words: Buffer, stride: int, scale: Buffer, factor: float) -> None:
         self._isa, self._words, self._stride, self._scale, self._factor = isa, words, stride, scale, factor

@@ -39,7 +39,7 @@ _REGISTERS = 24
 
 @dataclass(frozen=True)
 class Right:
-    """The right factor: ``read(column, k)`` gives a vector of float32; ``overlap``: it must not be read past its last column."""
+    """The right factor: ``read(column, k)`` is a float32 vector; ``overlap``: not to be read past the last column."""
 
     read: Callable[[Index, Index], Expr]
     overlap: bool
@@ -67,6 +67,7 @@ def float_product(
     width = vectors * lanes
     most = tile_rows(rows, min(12, (_REGISTERS if isa.registers >= 24 else isa.registers) // vectors))
     panels, row_chunks = ceil_div(columns, width), ceil_div(rows, CHUNK_ROWS)
+
     @for_each(batch * panels * row_chunks, product((batch, rows, columns, inputs)))
     def _(task: Index) -> None:
         b = T.bind(task // (panels * row_chunks))
@@ -75,7 +76,7 @@ def float_product(
         factor = right(b)
         places = [column + v * lanes for v in range(vectors)]
         if factor.overlap and columns % width and columns >= lanes:
-            # A ragged last vector is moved left to end at the last column: some are computed twice, none is out of bounds.
+            # A ragged last vector moves left to end at the last column: some are computed twice, none out of bounds.
             places = [T.bind(T.min(place, columns - lanes)) for place in places]
         last = T.min(first + CHUNK_ROWS, rows)
         with T.serial(0, ceil_div(last - first, most)) as tile:
@@ -102,7 +103,7 @@ def float_product(
 
 @dataclass(frozen=True)
 class FloatLinearSpec:
-    """``y = x @ weight.T`` with a float32 weight, or an int8 one of width ``bits`` times a scale per output (``bits`` > 0)."""
+    """``y = x @ weight.T``; ``bits`` 0 for a float32 weight, else an int8 one of that width times a scale an output."""
 
     lead: tuple[int | str, ...]
     inputs: int
@@ -113,7 +114,10 @@ class FloatLinearSpec:
 
 @cache
 def float_linear(isa: Isa, s: FloatLinearSpec) -> tvm.tirx.PrimFunc:
-    """(float32 x [..., n], weight packed by ``lanes_of_matrix``, scale [m] if int8, bias [m] if any, float32 y [..., m])."""
+    """(float32 x [..., n], packed weight, scale [m] if int8, bias [m] if any, float32 y [..., m]).
+
+    The weight is packed by ``lanes_of_matrix``.
+    """
     dtype = "int8" if s.bits else "float32"
     with prim_func("weight_only_linear" if s.bits else "float_linear") as function:
         x, weight, scale, bias, y = function.args(
@@ -148,12 +152,16 @@ def float_linear(isa: Isa, s: FloatLinearSpec) -> tvm.tirx.PrimFunc:
                 when(column + lanes <= s.outputs, lambda: finish(lanes), tail)
 
         rows = function.size(s.lead)
-        float_product(isa, 1, rows, s.outputs, s.inputs, lambda b, row: row * s.inputs, x, lambda b: Right(read, False), epilogue)
+        float_product(
+            isa, 1, rows, s.outputs, s.inputs, lambda b, row: row * s.inputs, x, lambda b: Right(read, False), epilogue
+        )
     return function.func
 
 
 @cache
-def matmul(isa: Isa, batch: tuple[int | str, ...], rows: tuple[int | str, ...], inputs: int, columns: int) -> tvm.tirx.PrimFunc:
+def matmul(
+    isa: Isa, batch: tuple[int | str, ...], rows: tuple[int | str, ...], inputs: int, columns: int
+) -> tvm.tirx.PrimFunc:
     """(float32 a [*batch, *rows, inputs], b [*batch, inputs, columns], y [*batch, *rows, columns])."""
     with prim_func("matmul") as function:
         a, b, y = function.args(
@@ -172,6 +180,14 @@ def matmul(isa: Isa, batch: tuple[int | str, ...], rows: tuple[int | str, ...], 
             store_partial(y, (n * count + row) * columns + column, total, lanes, valid)
 
         float_product(
-            isa, function.size(batch), count, columns, inputs, lambda n, row: (n * count + row) * inputs, a, right, epilogue
+            isa,
+            function.size(batch),
+            count,
+            columns,
+            inputs,
+            lambda n, row: (n * count + row) * inputs,
+            a,
+            right,
+            epilogue,
         )
     return function.func

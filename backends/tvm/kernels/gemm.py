@@ -1,9 +1,9 @@
 """The int8 row-by-column product every quantized linear layer is made of.
 
 Activations lie row-major as int8 (or uint8 with 128 added, where the dot product wants it), weights in the ``quads``
-layout. A tile of rows x vectors of int32 accumulators stays in registers for the whole reduction. Because activations carry an
-offset, each tile starts from ``-offset * sum(weights)``, summed once per panel by the same dot instruction: that holds for any rank
-prefix and any width, and needs nothing stored.
+layout. A tile of rows x vectors of int32 accumulators stays in registers for the whole reduction. Because activations
+carry an offset, each tile starts from ``-offset * sum(weights)``, summed once per panel by the same dot instruction:
+that holds for any rank prefix and any width, and needs nothing stored.
 """
 
 from collections.abc import Callable
@@ -73,6 +73,7 @@ def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Buffer:
         if inputs % QUAD:
             with T.serial(0, QUAD - inputs % QUAD) as i:
                 T.buffer_store(prepared, T.cast(0, isa.activation_dtype), [row * stride + inputs + i])
+
     return prepared
 
 
@@ -110,6 +111,7 @@ def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogu
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
     row_chunks = ceil_div(p.rows, CHUNK_ROWS)
+
     @for_each(panels * row_chunks, product((p.rows, p.columns, p.inputs)))
     def _(task: Index) -> None:
         panel = T.bind(task // row_chunks)
@@ -125,7 +127,14 @@ def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogu
 
 
 def _panel(
-    isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogue: Epilogue, column: Index, columns: int, first: Index
+    isa: Isa,
+    p: Product,
+    activations: Buffer,
+    weights: Buffer,
+    epilogue: Epilogue,
+    column: Index,
+    columns: int,
+    first: Index,
 ) -> None:
     lanes, stride = isa.lanes, row_stride(p.inputs)
     vectors = ceil_div(columns, lanes)
@@ -146,7 +155,9 @@ def _panel(
         acc = accumulators(rows, vectors, lanes, "int32")
         for line in acc:
             for v, cell in enumerate(line):
-                start = fill(T.int32(0), lanes) if sums is None else load(sums[v], 0, lanes) * fill(T.int32(-offset), lanes)
+                start = (
+                    fill(T.int32(0), lanes) if sums is None else load(sums[v], 0, lanes) * fill(T.int32(-offset), lanes)
+                )
                 store(cell, 0, start, lanes)
         with T.serial(0, quads) as k:
             words = [weight_words(isa, weights, at(v, 0, k), p.bits) for v in range(vectors)]

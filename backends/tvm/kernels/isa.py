@@ -55,7 +55,7 @@ def _vnni_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
 
 
 def _avx2_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
-    # |x| as uint8 times sign(x) * w. Weights are within +-119, so a pair is at most 2 * 128 * 119 and never saturates int16.
+    # |x| as uint8 times sign(x) * w. Weights are within +-119: a pair is at most 2 * 128 * 119, inside int16.
     magnitude = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", activations, activations)
     signed = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", weights, activations)
     pairs = T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", magnitude, signed)
@@ -69,7 +69,9 @@ def _sdot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
 def _neon_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
     # Two widening multiplications, a pairwise add (at most 2 * 128 * 119, inside int16) and a pairwise accumulate.
     products = [
-        T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.smull.v8i16", half("int8x8", activations), half("int8x8", weights))
+        T.call_llvm_pure_intrin(
+            "int16x8", "llvm.aarch64.neon.smull.v8i16", half("int8x8", activations), half("int8x8", weights)
+        )
         for half in (tvm.tirx.vectorlow, tvm.tirx.vectorhigh)
     ]
     pairs = T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.addp.v8i16", *products)

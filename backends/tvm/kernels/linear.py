@@ -71,7 +71,7 @@ def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
 
 @cache
 def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [..., n], packed v, packed u, mid_scale [R], out_gain [m] if any, bias [m] if any, float32 y [..., m])."""
+    """(int8 x [..., n], packed v, packed u, mid_scale [R], out_gain and bias [m] if any, float32 y [..., m])."""
     with prim_func("svd_linear") as function:
         x, v, u, mid_scale, gain, bias, y = function.args(
             x=((*s.lead, s.inputs), "int8"),

@@ -60,13 +60,17 @@ def pack(packing: Packing) -> tvm.tirx.PrimFunc:
     blocks, quads = ceil_div(p.outputs, BLOCK), ceil_div(p.inputs, quad)
     with prim_func(f"pack_{p.layout}") as function:
         raw, packed = function.args(raw=(p.raw_shape, p.dtype), packed=(p.shape, p.dtype))
+
         @for_each(p.groups * blocks, product(p.shape))
         def _(task: Index) -> None:
-            with T.serial(0, p.taps) as tap, T.serial(0, quads) as k, T.serial(0, BLOCK) as lane:
-                with T.serial(0, quad) as i:
-                    output, source = (task % blocks) * BLOCK + lane, k * quad + i
-                    where = ((task // blocks) * p.outputs + output) * p.strides[0] + source * p.strides[1] + tap * p.strides[2]
-                    inside = T.And(output < p.outputs, source < p.inputs)
-                    value = T.if_then_else(inside, raw[where], T.cast(0, p.dtype))
-                    T.buffer_store(packed, value, [(((task * p.taps + tap) * quads + k) * BLOCK + lane) * quad + i])
+            loops = T.serial(0, p.taps), T.serial(0, quads), T.serial(0, BLOCK), T.serial(0, quad)
+            with loops[0] as tap, loops[1] as k, loops[2] as lane, loops[3] as i:
+                output, source = (task % blocks) * BLOCK + lane, k * quad + i
+                where = (
+                    ((task // blocks) * p.outputs + output) * p.strides[0] + source * p.strides[1] + tap * p.strides[2]
+                )
+                inside = T.And(output < p.outputs, source < p.inputs)
+                value = T.if_then_else(inside, raw[where], T.cast(0, p.dtype))
+                T.buffer_store(packed, value, [(((task * p.taps + tap) * quads + k) * BLOCK + lane) * quad + i])
+
     return function.func

@@ -79,7 +79,9 @@ def convolve(
     rows = 8 if isa.registers >= 16 else 4
     most = chunk_pixels(w)
     widest = isa.registers // rows
-    vectors = min((v for v in range(widest, max(0, widest - 2), -1)), key=lambda v: ceil_div(ceil_div(most, lanes), v) * v)
+    vectors = min(
+        (v for v in range(widest, max(0, widest - 2), -1)), key=lambda v: ceil_div(ceil_div(most, lanes), v) * v
+    )
     blocks, pixel_chunks = ceil_div(outputs, rows), ceil_div(w.pixels, most)
     taps = kernel[0] * kernel[1]
     block_bytes, tap_bytes = taps * stored_quads * BLOCK * QUAD, stored_quads * BLOCK * QUAD
@@ -89,6 +91,7 @@ def convolve(
         return (output // BLOCK) * block_bytes + tap * tap_bytes + k * (BLOCK * QUAD) + (output % BLOCK) * QUAD
 
     work = x.groups * outputs * x.quads * QUAD * taps * w.pixels
+
     @for_each(pixel_chunks * x.groups * blocks, work)
     def _(number: Index) -> None:
         start = T.bind(number // (x.groups * blocks) * most)

@@ -48,6 +48,7 @@ def _elementwise(
 @cache
 def quantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
     """(float32 x, int8 y), both ``shape``: ``clamp(rint(x * float32(1 / scale)) + zero_point, -128, 127)``."""
+
     def convert(x: Expr, lanes: int) -> Expr:
         # Clamping before the cast keeps huge inputs defined.
         q = T.nearbyint(x * fill(float32(1.0 / scale), lanes)) + fill(T.float32(zero_point), lanes)
@@ -60,6 +61,7 @@ def quantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.
 @cache
 def dequantize(isa: Isa, shape: Shape, scale: float, zero_point: int) -> tvm.tirx.PrimFunc:
     """(int8 q, float32 y), both ``shape``: ``(q - zero_point) * scale``."""
+
     def convert(q: Expr, lanes: int) -> Expr:
         value = T.cast(q, vec("float32", lanes)) - fill(T.float32(zero_point), lanes)
         return value * fill(float32(scale), lanes)

@@ -22,7 +22,9 @@ from t3c_compile.backends.tvm.kernels.emit import (
 from t3c_compile.backends.tvm.kernels.isa import Isa
 
 
-def reduce_row(lanes: int, count: Index, start: float, read: Callable[[Index, int], Expr], join: Callable[[Expr, Expr], Expr]) -> Expr:
+def reduce_row(
+    lanes: int, count: Index, start: float, read: Callable[[Index, int], Expr], join: Callable[[Expr, Expr], Expr]
+) -> Expr:
     """``join`` over ``count`` elements, kept in a vector until the end."""
     wide = T.alloc_buffer((lanes,), "float32")
     result = T.alloc_buffer((1,), "float32")
@@ -61,9 +63,11 @@ def softmax(isa: Isa, lead: tuple[int | str, ...], count: int) -> tvm.tirx.PrimF
     with prim_func("softmax") as function:
         x, y = function.args(x=((*lead, count), "float32"), y=((*lead, count), "float32"))
         rows = function.size(lead)
+
         @for_each(rows, product((rows, count, 8)))
         def _(row: Index) -> None:
             softmax_row(isa.lanes, count, x, y, row * count, row * count)
+
     return function.func
 
 
@@ -72,9 +76,13 @@ def layer_norm(isa: Isa, lead: tuple[int | str, ...], count: int, epsilon: float
     """(float32 x [*lead, count], gamma [count], beta [count], y like x): over the last axis, biased variance."""
     with prim_func("layer_norm") as function:
         x, gamma, beta, y = function.args(
-            x=((*lead, count), "float32"), gamma=((count,), "float32"), beta=((count,), "float32"), y=((*lead, count), "float32")
+            x=((*lead, count), "float32"),
+            gamma=((count,), "float32"),
+            beta=((count,), "float32"),
+            y=((*lead, count), "float32"),
         )
         rows, lanes = function.size(lead), isa.lanes
+
         @for_each(rows, product((rows, count, 4)))
         def _(row: Index) -> None:
             start = T.bind(row * count)
@@ -93,4 +101,5 @@ def layer_norm(isa: Isa, lead: tuple[int | str, ...], count: int, epsilon: float
                 store(y, start + i, value * load(gamma, i, n) + load(beta, i, n), n)
 
             chunks(count, lanes, normalize)
+
     return function.func

@@ -1,8 +1,7 @@
 """Exponential, error function and hyperbolic tangent in plain arithmetic, on scalars or vectors of float32.
 
-libm is called once an element; these vectorize. exp: range reduction and a degree-6 Taylor polynomial of the remainder (relative error
-below 3e-7). erf: Abramowitz and Stegun's form is too coarse; this is the rational minimax of Eigen's ``generic_fast_erf`` (absolute
-error below 3e-7).
+libm is called once an element; these vectorize. exp: range reduction and a degree-6 Taylor polynomial of the
+remainder. erf: the rational minimax of Eigen's ``generic_fast_erf``.
 """
 
 from tvm.ir import Expr
@@ -21,7 +20,13 @@ _ERF_P = (
     -2.95459980854025e-03,
     -1.60960333262415e-02,
 )
-_ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02)
+_ERF_Q = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
 
 
 def _polynomial(x: Expr, coefficients: tuple[float, ...], lanes: int) -> Expr:

@@ -1,8 +1,9 @@
 """Convolution windows, and images spread out so that every tap of a window reads contiguous pixels.
 
-An image lies as words of four channels, ``[phases][channels / 4][rows][columns]``. Padding is written out, and a stride of s splits rows
-and columns into s phases; so output pixel ``p``, counted along rows of ``columns`` pixels, finds tap (ky, kx) at ``p`` plus a constant of
-the tap, whatever the stride and dilation. The few columns past the output's width are computed and dropped.
+An image lies as words of four channels, ``[phases][channels / 4][rows][columns]``. Padding is written out, and a stride
+of s splits rows and columns into s phases; so output pixel ``p``, counted along rows of ``columns`` pixels, finds tap
+(ky, kx) at ``p`` plus a constant of the tap, whatever the stride and dilation. The few columns past the output's width
+are computed and dropped.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,9 @@ class Window:
     @property
     def out(self) -> tuple[int, int]:
         def one(i: int) -> int:
-            return (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+            return (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[
+                i
+            ] + 1
 
         return one(0), one(1)
 
@@ -80,8 +83,10 @@ def pointwise(pixels: int) -> Window:
     return Window((1, pixels), (1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def channel_words(isa: Isa, x: Buffer, base: Index, pixels: int, channels: int) -> Callable[[Index, Index, int, int], Expr]:
-    """Words of int8 NCHW ``x``: ``read(channel, pixel, lanes, step)`` joins ``channels`` (1 to 4) planes from ``base`` on."""
+def channel_words(
+    isa: Isa, x: Buffer, base: Index, pixels: int, channels: int
+) -> Callable[[Index, Index, int, int], Expr]:
+    """Words of int8 NCHW ``x``: ``read(channel, pixel, lanes, step)`` joins ``channels`` (1 to 4) of its planes."""
 
     def read(channel: Index, pixel: Index, lanes: int, step: int) -> Expr:
         word = fill(T.int32(isa.flip), lanes)
@@ -112,9 +117,7 @@ def spread(isa: Isa, w: Window, quads: int, source: Source, zero: int) -> Buffer
         chunks(
             last - first,
             isa.lanes,
-            lambda i, n: store(
-                words, start + first + i, source(quad, y, (first + i) * step + shift, n, step), n
-            ),
+            lambda i, n: store(words, start + first + i, source(quad, y, (first + i) * step + shift, n, step), n),
         )
         blank(start + last, columns - last)
 
@@ -135,6 +138,7 @@ def spread(isa: Isa, w: Window, quads: int, source: Source, zero: int) -> Buffer
                     blank(start, columns)
 
                 when(True if inside else T.And(y >= 0, y < w.size[0]), filled, empty)
+
     return words
 
 
