@@ -4,6 +4,8 @@
 compile with :func:`compile_cases`, ship the library and the arrays.
 """
 
+import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +45,22 @@ def run_calls(library: Path, calls: Sequence[Call]) -> list[Array]:
         module[call.name](*(tvm.runtime.tensor(a) for a in call.args), result)
         results.append(result.numpy())
     return results
+
+
+def save_calls(path: Path, calls: Sequence[Call]) -> None:
+    """Write calls where no pickle is needed to read them."""
+    arrays = {f"{i}.{j}": a for i, call in enumerate(calls) for j, a in enumerate(call.args)}
+    described = json.dumps([(c.name, len(c.args), c.shape, c.dtype) for c in calls])
+    np.savez(path, calls=np.array(described), **arrays)
+
+
+def load_calls(path: Path) -> list[Call]:
+    """Read what :func:`save_calls` wrote."""
+    data = np.load(path)
+    return [
+        Call(name, tuple(data[f"{i}.{j}"] for j in range(count)), tuple(shape), dtype)
+        for i, (name, count, shape, dtype) in enumerate(json.loads(str(data["calls"])))
+    ]
 
 
 def build_cases() -> list[Case]:
@@ -282,3 +300,7 @@ def _op(name: str, *args: object) -> object:
 
     values = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in args]
     return getattr(torch.ops.t3c, name)(*values)
+
+
+if __name__ == "__main__":  # LIBRARY CALLS RESULTS, on the device or in the emulator
+    np.savez(sys.argv[3], *run_calls(Path(sys.argv[1]), load_calls(Path(sys.argv[2]))))

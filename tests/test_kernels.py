@@ -1,11 +1,12 @@
 """Every kernel against the torch reference of its op, run from a compiled library; and the instructions it must use."""
 
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import tvm
-from kernel_cases import Array, Case, build_cases, compile_cases, pack_numpy, run_calls
+from kernel_cases import Array, Case, build_cases, compile_cases, pack_numpy, run_calls, save_calls
 
 from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
 from t3c_compile.backends.tvm.kernels import pack
@@ -87,12 +88,17 @@ def test_host_uses_vnni_where_it_has_it() -> None:
     assert "vpdpbusd" in compile_cases([case], "x86_64").inspect_source("asm")
 
 
-def test_arm64_links(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.so"
-    compile_cases(CASES[:2], "arm64", path)
-    header = path.read_bytes()[:20]
-    assert header[:4] == b"\x7fELF"
-    assert int.from_bytes(header[18:20], "little") == 183  # EM_AARCH64
+@pytest.mark.parametrize(("target", "cpu"), [("arm64", "cortex-a53"), ("cortex-a76", "cortex-a76")])
+def test_kernels_on_arm64(arm64: ModuleType, target: str, cpu: str, tmp_path: Path) -> None:
+    library, calls, results = tmp_path / "kernels.so", tmp_path / "calls.npz", tmp_path / "results.npz"
+    compile_cases(CASES, target, library)
+    save_calls(calls, [case.call for case in CASES])
+    script = Path(__file__).with_name("kernel_cases.py")
+    done = arm64.run_python([str(script), str(library), str(calls), str(results)], cpu=cpu)
+    assert done.returncode == 0, done.stderr
+    computed = np.load(results)
+    for i, case in enumerate(CASES):
+        assert_close(case, computed[f"arr_{i}"])
 
 
 def test_targets() -> None:

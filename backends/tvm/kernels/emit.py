@@ -88,6 +88,17 @@ def static(value: Index) -> int | None:
     return int(value.value) if isinstance(value, tvm.tirx.IntImm) else None
 
 
+def least(value: Index) -> int:
+    """The least ``value`` can be: symbolic dimensions are one or more."""
+    number = static(value)
+    if number is not None:
+        return number
+    analyzer = tvm.sym.Analyzer()
+    for symbol in tvm.tirx.analysis.undefined_vars(value, []):
+        analyzer.bind(symbol, tvm.ir.Range(1, 1 << 30))
+    return int(analyzer.const_int_bound(value).min_value)
+
+
 def vec(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
@@ -156,7 +167,7 @@ def for_each(count: Index, work: Index) -> Callable[[Callable[[Index], None]], N
         size = static(work)
         if static(count) == 1 or (size is not None and size < PARALLEL_WORK):
             serial()
-        elif size is not None:
+        elif least(work) >= PARALLEL_WORK:
             parallel()
         else:
             when(work < PARALLEL_WORK, serial, parallel)
