@@ -6,13 +6,17 @@ compile with :func:`compile_cases`, ship the library and the arrays.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tvm
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from t3c_compile.backends.targets import Target
 
 Array = NDArray[np.generic]
 
@@ -120,10 +124,15 @@ def compile_cases(cases: Sequence[Case], target_name: str, path: Path | None = N
     target = get_target(target_name)
     isa = isa_for(target)
     functions = {c.call.name: c.kernel(isa).with_attr("global_symbol", c.call.name) for c in cases}  # type: ignore[attr-defined]
-    module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(dict(target.tvm)))
+    module = compile_module(functions, target)
     if path is not None:
         link(module, target, path)
     return module
+
+
+def compile_module(functions: Mapping[str, object], target: "Target") -> tvm.runtime.Module:
+    """Kernels by name, compiled for a target."""
+    return tvm.tirx.build(tvm.IRModule(dict(functions)), target=tvm.target.Target(dict(target.tvm)))
 
 
 def pack_numpy(packing: object, raw: Array) -> Array:
@@ -173,10 +182,10 @@ class _Maker:
             x.reshape(-1)[:40] = (np.arange(40) - 20.5) * np.float32(scale)
             x.reshape(-1)[40:42] = 1e30, -1e30
             q = _op("quantize_int8", x, scale, zero_point)
-            self.add([x], q, lambda isa, a=(shape, scale, zero_point): quantize.quantize(isa, *a), "quantize")
             back = _op("dequantize_int8", q.numpy(), scale, zero_point)  # type: ignore[attr-defined]
+            self.add([x], q, _expression(quantize.quantize, shape, "float32", scale, zero_point), "quantize")
             self.add(
-                [q.numpy()], back, lambda isa, a=(shape, scale, zero_point): quantize.dequantize(isa, *a), "dequantize"
+                [q.numpy()], back, _expression(quantize.dequantize, shape, "int8", scale, zero_point), "dequantize"
             )  # type: ignore[attr-defined]
 
     def int8_linear(self, rows: int, inputs: int, outputs: int, bits: int, zero_point: int) -> None:
@@ -286,6 +295,21 @@ class _Maker:
             packed = pack_numpy(pack.quads_of_conv(core.shape), core) if form == "tucker2" else core
             args = [x, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
+
+
+def _expression(
+    function: Callable[..., object], shape: tuple[int, ...], dtype: str, *numbers: float
+) -> Callable[..., object]:
+    """A kernel of one tensor expression, scheduled as the build schedules it."""
+    from tvm import te
+
+    from t3c_compile.backends.tvm.default_schedule import schedule_default
+
+    def kernel(isa: object) -> object:
+        x = te.placeholder(shape, dtype, name="x")
+        return schedule_default(te.create_prim_func([x, function(x, *numbers)]), isa.lanes)  # type: ignore[attr-defined]
+
+    return kernel
 
 
 def _present(args: Sequence[Array | None]) -> list[Array]:

@@ -1,15 +1,18 @@
 """Every kernel against the torch reference of its op, run from a compiled library; and the instructions it must use."""
 
+import re
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import tvm
-from kernel_cases import Array, Case, build_cases, compile_cases, pack_numpy, run_calls, save_calls
+from kernel_cases import Array, Case, build_cases, compile_cases, compile_module, pack_numpy, run_calls, save_calls
+from tvm import te
 
 from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
-from t3c_compile.backends.tvm.kernels import pack
+from t3c_compile.backends.tvm.default_schedule import schedule_default
+from t3c_compile.backends.tvm.kernels import pack, quantize, vmath
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.passes.ops import DEPLOYMENT_OPS
 
@@ -65,7 +68,7 @@ def test_a_wrong_step_in_the_middle_is_seen() -> None:
 def test_pack_kernel(packing: pack.Packing) -> None:
     raw = np.arange(np.prod(packing.raw_shape)).astype(packing.dtype).reshape(packing.raw_shape)
     kernel = pack.pack(packing).with_attr("global_symbol", "pack")
-    module = tvm.tirx.build(tvm.IRModule({"pack": kernel}), target=tvm.target.Target(dict(get_target("x86_64").tvm)))
+    module = compile_module({"pack": kernel}, get_target("x86_64"))
     packed = tvm.runtime.tensor(np.ones(packing.shape, packing.dtype))
     module["pack"](tvm.runtime.tensor(raw), packed)
     np.testing.assert_array_equal(packed.numpy(), pack_numpy(packing, raw))
@@ -99,6 +102,22 @@ def test_kernels_on_arm64(arm64: ModuleType, target: str, cpu: str, tmp_path: Pa
     computed = np.load(results)
     for i, case in enumerate(CASES):
         assert_close(case, computed[f"arr_{i}"])
+
+
+@pytest.mark.parametrize("function", ["quantize", "gelu", "silu", "tanh", "exp"])
+def test_elementwise_code_is_vectorized(function: str) -> None:
+    """No call to libm an element, and arithmetic on whole vectors."""
+    x = te.placeholder((3, 64, 768), "float32", name="x")
+    if function == "quantize":
+        y = quantize.quantize(x, 0.1, 3)
+    else:
+        y = te.compute(x.shape, lambda *i: getattr(vmath, function)(x(*i)))
+    kernel = schedule_default(te.create_prim_func([x, y]), 8).with_attr("global_symbol", "f")
+    assembly = compile_module({"f": kernel}, get_target("x86_64-v3")).inspect_source("asm")
+    body = assembly[assembly.index("f_compute_") :]
+    assert "%ymm" in body
+    assert not re.search(r"call\w*\s+\*?\S*(exp|erf|tanh|rint|nearbyint)", body)
+    assert "vmulss" not in body
 
 
 def test_targets() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import tvm
 from torch import fx
-from tvm import relax
+from tvm import relax, te
 from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
@@ -92,6 +92,10 @@ class Lowering:
     def emit(self, expression: relax.Expr) -> relax.Var:
         return self._importer.block_builder.emit(expression)
 
+    def expression(self, function: Callable[..., te.Tensor], *args: Any) -> relax.Var:
+        """Emit a tensor expression, which operator fusion may join with its neighbours."""
+        return self._importer.block_builder.emit_te(function, *args, primfunc_name_hint=function.__name__)
+
     def optional(self, node: fx.Node | None) -> relax.Expr | None:
         return None if node is None else self.value(node)
 
@@ -140,15 +144,11 @@ def dims(shape: list[Any]) -> tuple[int | str, ...]:
 
 
 def _quantize(lower: Lowering, a: Arguments) -> relax.Var:
-    shape = shape_of(lower.value(a["x"]))
-    kernel = quantize.quantize(lower.isa, dims(shape), a["scale"], a["zero_point"])
-    return lower.call(kernel, [lower.value(a["x"])], shape, "int8")
+    return lower.expression(quantize.quantize, lower.value(a["x"]), a["scale"], a["zero_point"])
 
 
 def _dequantize(lower: Lowering, a: Arguments) -> relax.Var:
-    shape = shape_of(lower.value(a["q"]))
-    kernel = quantize.dequantize(lower.isa, dims(shape), a["scale"], a["zero_point"])
-    return lower.call(kernel, [lower.value(a["q"])], shape, "float32")
+    return lower.expression(quantize.dequantize, lower.value(a["q"]), a["scale"], a["zero_point"])
 
 
 def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var:

@@ -13,6 +13,10 @@ from tvm import s_tir
 from t3c_compile.backends.tvm.kernels.emit import PARALLEL_WORK
 from t3c_compile.backends.tvm.kernels.isa import Isa
 
+# TVM would take a vector of these apart, element by element; LLVM has them for vectors.
+for _op in ("tirx.nearbyint",):
+    tvm.ir.register_op_attr(_op, "TVectorizable", True)
+
 _SPATIAL, _REDUCTION = 0, 2  # tirx.IterVar kinds
 
 
@@ -78,6 +82,8 @@ def _schedule_block(schedule: Any, block: Any, lanes: int) -> str:
             inner = schedule.fuse(outer.pop(), inner)
         size = _extent(schedule, inner)
         width = 1 if size is None else gcd(size, lanes)
+        if 2 * width < lanes:
+            width = 1  # too ragged: LLVM vectorizes the plain loop better than a loop of short vectors
         if width > 1:
             rest, vector = schedule.split(inner, [None, width])
         else:

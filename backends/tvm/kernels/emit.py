@@ -175,14 +175,6 @@ def for_each(count: Index, work: Index) -> Callable[[Callable[[Index], None]], N
     return emit
 
 
-def tile_rows(rows: Index, most: int) -> int:
-    """Rows of a register tile, at most ``most``, chosen so that ``rows`` split evenly where they are known."""
-    count = static(rows)
-    if count is None or count > CHUNK_ROWS:
-        return most
-    return ceil_div(count, ceil_div(count, most))
-
-
 def when(condition: Expr | bool, body: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
     """``body`` under ``condition``, which may be known already."""
     if isinstance(condition, bool):
@@ -222,3 +214,17 @@ def requantize(acc: Expr, multiplier: Expr, lanes: int) -> Expr:
     scaled = T.nearbyint(T.cast(acc, vec("float32", lanes)) * multiplier)
     clamped = T.max(T.min(scaled, fill(T.float32(127), lanes)), fill(T.float32(-127), lanes))
     return T.cast(clamped, vec("int32", lanes))
+
+
+def by_rows(rows: Index, most: int, body: Callable[[int], None]) -> None:
+    """Emit ``body`` with the rows of its register tile, at most ``most``, chosen so that ``rows`` split evenly.
+
+    Where a call may turn out to have one row, a body for one row is emitted beside the general one.
+    """
+    count = static(rows)
+    if count is not None and count <= CHUNK_ROWS:
+        body(ceil_div(count, ceil_div(count, most)))
+    elif count is None and least(rows) == 1:
+        when(rows == 1, lambda: body(1), lambda: body(most))
+    else:
+        body(most)

@@ -16,6 +16,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
     accumulators,
+    by_rows,
     ceil_div,
     fill,
     for_each,
@@ -26,7 +27,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
     static,
     store,
     store_partial,
-    tile_rows,
     top_bits,
     vec,
     when,
@@ -65,7 +65,7 @@ def float_product(
     few = count is not None and count <= 2
     vectors = min(ceil_div(columns, lanes), (8 if few else 4) if isa.registers >= 24 else 2)
     width = vectors * lanes
-    most = tile_rows(rows, min(12, (_REGISTERS if isa.registers >= 24 else isa.registers) // vectors))
+    most = min(12, (_REGISTERS if isa.registers >= 24 else isa.registers) // vectors)
     panels, row_chunks = ceil_div(columns, width), ceil_div(rows, CHUNK_ROWS)
 
     @for_each(batch * panels * row_chunks, product((batch, rows, columns, inputs)))
@@ -79,26 +79,30 @@ def float_product(
             # A ragged last vector moves left to end at the last column: some are computed twice, none out of bounds.
             places = [T.bind(T.min(place, columns - lanes)) for place in places]
         last = T.min(first + CHUNK_ROWS, rows)
-        with T.serial(0, ceil_div(last - first, most)) as tile:
-            row = T.bind(first + tile * most)
-            starts = [T.bind(left(b, T.min(row + r, last - 1))) for r in range(most)]
-            acc = accumulators(most, vectors, lanes, "float32")
-            for line in acc:
-                for cell in line:
-                    store(cell, 0, fill(T.float32(0), lanes), lanes)
-            with T.serial(0, inputs) as k:
-                values = [T.bind(factor.read(place, k)) for place in places]
-                for line, start in zip(acc, starts, strict=True):
-                    value = T.bind(fill(x[start + k], lanes))
-                    for cell, part in zip(line, values, strict=True):
-                        store(cell, 0, load(cell, 0, lanes) + value * part, lanes)
-            for r, line in enumerate(acc):
 
-                def finish(r: int = r, line: list[Buffer] = line) -> None:
-                    for place, cell in zip(places, line, strict=True):
-                        epilogue(b, row + r, place, load(cell, 0, lanes))
+        def sweep(height: int) -> None:
+            with T.serial(0, ceil_div(last - first, height)) as tile:
+                row = T.bind(first + tile * height)
+                starts = [T.bind(left(b, T.min(row + r, last - 1))) for r in range(height)]
+                acc = accumulators(height, vectors, lanes, "float32")
+                for line in acc:
+                    for cell in line:
+                        store(cell, 0, fill(T.float32(0), lanes), lanes)
+                with T.serial(0, inputs) as k:
+                    values = [T.bind(factor.read(place, k)) for place in places]
+                    for line, start in zip(acc, starts, strict=True):
+                        value = T.bind(fill(x[start + k], lanes))
+                        for cell, part in zip(line, values, strict=True):
+                            store(cell, 0, load(cell, 0, lanes) + value * part, lanes)
+                for r, line in enumerate(acc):
 
-                when(row + r < last, finish)
+                    def finish(r: int = r, line: list[Buffer] = line) -> None:
+                        for place, cell in zip(places, line, strict=True):
+                            epilogue(b, row + r, place, load(cell, 0, lanes))
+
+                    when(row + r < last, finish)
+
+        by_rows(rows, most, sweep)
 
 
 @dataclass(frozen=True)

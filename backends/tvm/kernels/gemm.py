@@ -17,6 +17,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
     accumulators,
+    by_rows,
     ceil_div,
     chunks,
     fill,
@@ -25,7 +26,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
     product,
     static,
     store,
-    tile_rows,
     top_bits,
     vec,
     when,
@@ -138,7 +138,6 @@ def _panel(
 ) -> None:
     lanes, stride = isa.lanes, row_stride(p.inputs)
     vectors = ceil_div(columns, lanes)
-    rows = tile_rows(p.rows, min(12, isa.registers // vectors))
     block_bytes = ceil_div(p.stored_inputs, QUAD) * BLOCK * QUAD
     quads = ceil_div(p.inputs, QUAD)
     offset = isa.offset + p.zero_point
@@ -150,26 +149,28 @@ def _panel(
     sums = weight_sums(isa, weights, at, 1, quads, vectors, p.bits) if offset else None
     count = static(p.rows)
     last = T.min(first + CHUNK_ROWS, p.rows) if count is None or count > CHUNK_ROWS else count
-    with T.serial(0, ceil_div(last - first, rows)) as tile:
-        row = T.bind(first + tile * rows)
-        acc = accumulators(rows, vectors, lanes, "int32")
-        for line in acc:
-            for v, cell in enumerate(line):
-                start = (
-                    fill(T.int32(0), lanes) if sums is None else load(sums[v], 0, lanes) * fill(T.int32(-offset), lanes)
-                )
-                store(cell, 0, start, lanes)
-        with T.serial(0, quads) as k:
-            words = [weight_words(isa, weights, at(v, 0, k), p.bits) for v in range(vectors)]
-            for r, line in enumerate(acc):
-                x = T.bind(spread_word(isa, activations, (row + r) * stride + k * QUAD))
-                for cell, word in zip(line, words, strict=True):
-                    store(cell, 0, isa.dot(load(cell, 0, lanes), x, word), lanes)
-        for r, line in enumerate(acc):
 
-            def finish(r: int = r, line: list[Buffer] = line) -> None:
+    def sweep(rows: int) -> None:
+        with T.serial(0, ceil_div(last - first, rows)) as tile:
+            row = T.bind(first + tile * rows)
+            acc = accumulators(rows, vectors, lanes, "int32")
+            for line in acc:
                 for v, cell in enumerate(line):
-                    epilogue(row + r, column + v * lanes, min(lanes, columns - v * lanes), load(cell, 0, lanes))
+                    start = T.int32(0) if sums is None else load(sums[v], 0, lanes)
+                    store(cell, 0, fill(start, lanes) if sums is None else start * fill(T.int32(-offset), lanes), lanes)
+            with T.serial(0, quads) as k:
+                words = [weight_words(isa, weights, at(v, 0, k), p.bits) for v in range(vectors)]
+                for r, line in enumerate(acc):
+                    x = T.bind(spread_word(isa, activations, (row + r) * stride + k * QUAD))
+                    for cell, word in zip(line, words, strict=True):
+                        store(cell, 0, isa.dot(load(cell, 0, lanes), x, word), lanes)
+            for r, line in enumerate(acc):
 
-            always = count is not None and count % rows == 0 and CHUNK_ROWS % rows == 0
-            when(True if always else row + r < last, finish)
+                def finish(r: int = r, line: list[Buffer] = line) -> None:
+                    for v, cell in enumerate(line):
+                        epilogue(row + r, column + v * lanes, min(lanes, columns - v * lanes), load(cell, 0, lanes))
+
+                always = count is not None and count % rows == 0 and CHUNK_ROWS % rows == 0
+                when(True if always else row + r < last, finish)
+
+    by_rows(p.rows, min(12, isa.registers // vectors), sweep)
