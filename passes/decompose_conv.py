@@ -1,5 +1,7 @@
 """Convolution candidates become elastic convolutions: SVD for 1x1, Tucker-2 or CP for k x k, dense where grouped."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +18,17 @@ from t3c_compile.passes.find_elastic_layers import Candidate
 from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
 
 _CP_BLOCK = 8
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Alternating least squares is thousands of tiny products: handing them to threads makes it ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ def cp_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kernel = weight.detach().to(torch.float64).reshape(out, inner, kh * kw)
     paying = max(1, kernel.numel() // (out + inner + kh * kw))
     rest, blocks = kernel, []
-    with tensorly.backend_context("pytorch"):
+    with tensorly.backend_context("pytorch"), _one_thread():
         for _ in range(0, min(paying, out * inner), _CP_BLOCK):
             scale, (u, v, s) = parafac(
                 rest, rank=_CP_BLOCK, n_iter_max=50, normalize_factors=True, init="random", random_state=0

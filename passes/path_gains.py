@@ -21,10 +21,11 @@ _PROBES = 16
 class PathGains(Pass):
     """Writes ``node.meta["t3c_gain"]`` of every elastic call and ``gm.meta["t3c_gains"]`` by layer.
 
-    ``calibration`` are input tuples, of which the first 32 samples are used. The gain is the greatest, over the samples,
-    spectral norm of the Jacobian from the layer's output to the logits, measured by vector-Jacobian products: all of
-    them for up to 32 logits, else Gaussian probes, whose root mean square is the Frobenius norm (an upper bound). A
-    layer the gradient does not reach gets the product of operator norms summed over all paths of the dataflow graph.
+    ``calibration`` are input tuples, of which the first 32 samples are used. The gain is the greatest, over the
+    samples, spectral norm of the Jacobian from the layer's output to the logits, measured by vector-Jacobian products:
+    all of them for up to 32 logits, else Gaussian probes, whose root mean square is the Frobenius norm (an upper
+    bound). A layer the gradient does not reach gets the product of operator norms summed over all paths of the
+    dataflow graph.
     """
 
     name: ClassVar[str] = "path-gains"

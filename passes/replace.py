@@ -60,7 +60,7 @@ def replace_with_elastic(gm: GraphModule, node: Node, candidate: Candidate, buil
 
 
 def rows(node: Any, kind: str, batch: int) -> int:
-    """Positions one sample has at a node (tokens of a linear, pixels of a convolution) in a graph captured at ``batch``."""
+    """Positions of one sample at a node (tokens of a linear, pixels of a convolution), captured at ``batch``."""
     value = node.meta.get("val")
     if value is None:
         return 1

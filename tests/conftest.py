@@ -1,6 +1,10 @@
 """Fixtures that more than one test file uses."""
 
 import os
+
+# The networks here are tiny: threads of one test would only wait for each other, ten times longer than the work takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Passes: graph to graph, conditions, the pipeline as text, and a user's own PassManager."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_default_pipeline_prints_and_parses_back() -> None:
     ],
 )
 def test_a_wrong_pipeline_text_says_what_is_wrong(text: str, message: str) -> None:
-    with pytest.raises(PipelineSyntaxError, match=message.replace("{", r"\{")):
+    with pytest.raises(PipelineSyntaxError, match=re.escape(message)):
         Pipeline.parse(text)
 
 
@@ -208,7 +209,7 @@ def test_gains_bound_the_effect_of_a_small_error(net: str) -> None:
 
         def add(module: nn.Module, args: object, out: torch.Tensor, errors: list[float] = errors) -> torch.Tensor:
             error = 1e-3 * torch.randn_like(out)
-            errors.extend(error.flatten(1).norm(dim=1).tolist())
+            errors.append(float(error.norm()))
             return out + error
 
         handle = layer.register_forward_hook(add)

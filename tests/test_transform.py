@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from nets import NETS, conv_net, mlp
 from torch import Tensor, nn
 
-from t3c_compile.transform import Config, transform
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import BadWeightsError, CaptureError, NothingToCompressError, T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
+from t3c_compile.transform import Config, transform
 
 
 def _elastic(name: str, **config: object) -> tuple[nn.Module, ElasticGraphModule, tuple[Tensor]]:
@@ -240,7 +240,7 @@ def test_bad_inputs_are_refused_before_any_work() -> None:
         transform(model, x)  # type: ignore[arg-type]
     with torch.no_grad():
         model.second.weight[0, 0] = float("nan")
-    with pytest.raises(BadWeightsError, match="'second.weight' holds NaN"):
+    with pytest.raises(BadWeightsError, match=r"'second\.weight' holds NaN"):
         transform(model, (x,))
 
 

@@ -1,0 +1,229 @@
+"""Chains, costs, snap and the spectral certificate."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from nets import NETS, conv_net, mlp
+from torch import Tensor
+
+from t3c_compile.backends.targets import get_target
+from t3c_compile.certificate import SpectralProxy, error_norm, observed_drift
+from t3c_compile.chain import Grid, chains, paying_ranks
+from t3c_compile.cost import dense_int8_bytes, layer_cost, profile_cost
+from t3c_compile.passes.elastic import elastic_layers
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.option import Option
+from t3c_compile.passes.specialize import parameter_bytes, specialize
+from t3c_compile.profile import Profile, ProfileSet
+from t3c_compile.snap import drop_dominated, grid_of, snap
+from t3c_compile.transform import Config, observe, transform
+
+ARM = get_target("arm64")
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("conv", ["tucker2", "cp"])
+def test_chains_rise_and_pay(net: str, conv: str) -> None:
+    model, inputs = NETS[net]()
+    elastic = transform(model, inputs, Config(conv=conv))
+    grid = Grid(8, (4, 6, 8))
+    layers = dict(elastic_layers(elastic))
+    for name, chain in chains(elastic, grid).items():
+        assert all(high.no_lower_than(low) and high != low for low, high in pairwise(chain))
+        assert chain[0].bits == 4
+        assert chain[-1].bits == 8
+        cost, dense = layer_cost(layers[name]), layer_cost(layers[name], "dense").at(0, 8)[0]
+        for option in chain:
+            assert option.form == "dense" or (option.rank % 8 == 0 and cost.at(option.rank, 8)[0] < dense)
+
+
+def test_a_grid_too_coarse_leaves_the_layer_dense() -> None:
+    model, inputs = mlp()
+    elastic = transform(model, inputs)
+    layers = dict(elastic_layers(elastic))
+    assert paying_ranks(layers["head"], Grid(16)) == []
+    assert chains(elastic, Grid(16))["head"] == tuple(Option("dense", 0, bits) for bits in (4, 6, 8))
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("conv", ["tucker2", "cp"])
+def test_cost_is_the_bytes_of_the_store(net: str, conv: str) -> None:
+    """At 8 bits the modelled size is that of the stored tensors; of the whole graph where no batch norm is folded."""
+    model, inputs = NETS[net]()
+    elastic = transform(model, inputs, Config(conv=conv))
+    for name, layer in elastic_layers(elastic):
+        rank = 0 if layer.form == "dense" else 8
+        assert layer_cost(layer).at(rank, 8)[1] == parameter_bytes(layer.store(rank)), name
+    if net == "attention":
+        options = {n: Option(layer.form, 8, 8) for n, layer in elastic_layers(elastic)}
+        ranks = dict.fromkeys(options, 8)
+        store = specialize(elastic, options, store_ranks=ranks).state_dict()
+        assert profile_cost(elastic, options, ARM).size_bytes == parameter_bytes(store)
+
+
+def test_cost_counts_the_multiply_adds_torch_counts() -> None:
+    """Dense layers against torch's own flop counter, tokens and strides included."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for net in ("conv", "mlp"):
+        model, inputs = NETS[net]()
+        elastic = transform(model, inputs)
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs)
+        macs = sum(float(layer_cost(layer, "dense").at(0, 8)[0]) for _, layer in elastic_layers(elastic))
+        assert macs * 2 * len(inputs[0]) == counter.get_total_flops()
+
+
+def test_costs_take_tensors_and_differentiate() -> None:
+    model, inputs = conv_net()
+    elastic = transform(model, inputs)
+    cost = layer_cost(dict(elastic_layers(elastic))["wide"])
+    rank, bits = torch.tensor(10.0, requires_grad=True), torch.tensor(6.0, requires_grad=True)
+    macs, size = cost.at(rank, bits)
+    assert float(macs) == float(cost.at(10, 6)[0])
+    (macs + size).backward()
+    assert float(rank.grad) > 0
+    assert float(bits.grad) > 0
+
+
+def test_grid_of_several_targets_is_what_all_can_run() -> None:
+    grid = grid_of([get_target("x86_64"), ARM])
+    assert grid.rank_multiple % ARM.rank_multiple == 0
+    assert grid.rank_multiple % get_target("x86_64").rank_multiple == 0
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_profiles_are_nested_ordered_and_closer_with_size(net: str) -> None:
+    model, inputs = NETS[net]()
+    elastic = transform(model, inputs)
+    torch.manual_seed(0)
+    calibration = [(torch.randn(64, *inputs[0].shape[1:]),)]
+    labels = model(*calibration[0]).argmax(1)
+    profiles = snap(elastic, calibration, [ARM], labels, count=6)
+    found = profiles.profiles
+    assert 3 <= len(found) <= 6
+    for low, high in pairwise(found):
+        assert all(high.options[layer].no_lower_than(low.options[layer]) for layer in low.options)
+        assert low.size_bytes < high.size_bytes
+        assert low.quality["kl"] > high.quality["kl"]
+    assert found[-1].options == {name: chain[-1] for name, chain in chains(elastic, grid_of([ARM])).items()}
+    assert found[0].size_bytes < 0.8 * dense_int8_bytes(elastic)
+    again = ProfileSet.from_json(json.loads(json.dumps(profiles.to_json())))
+    assert again == profiles
+    for profile in found:
+        elastic.set_options(profile.options)
+        for name, layer in elastic_layers(elastic):
+            layer.set_activations(profile.activations[name])
+        logits = elastic(*calibration[0])
+        agreement = float((logits.argmax(1) == labels).float().mean())
+        assert agreement == pytest.approx(profile.quality["accuracy"], abs=1e-6)
+
+
+def test_a_controllers_path_is_followed() -> None:
+    model, inputs = mlp()
+    elastic = transform(model, inputs)
+    ladder = chains(elastic, grid_of([ARM]))
+
+    class FirstLast:
+        """Opens the first layer before any other."""
+
+        def options(self, budget: Tensor) -> dict[str, Option]:
+            share = float(budget.min())
+            return {
+                name: chain[-1 if share > (0.3 if name == "first" else 0.6) else 0] for name, chain in ladder.items()
+            }
+
+    calibration = [(torch.randn(64, 64),)]
+    profiles = snap(elastic, calibration, [ARM], controller=FirstLast(), count=8)
+    assert profiles.order == "controller"
+    picked = [{name: chain.index(p.options[name]) for name, chain in ladder.items()} for p in profiles.profiles]
+    tops = {name: len(chain) - 1 for name, chain in ladder.items()}
+    assert picked == [dict.fromkeys(ladder, 0), dict.fromkeys(ladder, 0) | {"first": tops["first"]}, tops]
+
+
+def test_profiles_that_do_not_nest_are_refused() -> None:
+    def one(name: str, rank: int) -> Profile:
+        return Profile(name, {"layer": Option("svd", rank, 8)}, {"layer": {}}, rank)
+
+    with pytest.raises(T3CError, match="not nested: layer layer is svd r16 w8 in a and svd r8 w8 in b"):
+        ProfileSet([one("a", 16), one("b", 8)], "by hand")
+
+
+def test_dominated_profiles_are_dropped_with_the_reason() -> None:
+    sizes_and_kl = [(10, 0.5), (20, 0.6), (30, 0.2), (40, 0.3)]
+    profiles = [Profile("", {}, {}, size, {"kl": kl}) for size, kl in sizes_and_kl]
+    kept, notes = drop_dominated(profiles)
+    assert [p.size_bytes for p in kept] == [10, 30, 40]
+    assert notes == [
+        "a profile of 20 bytes was dropped: KL 6.00e-01 on calibration data, no better than 5.00e-01 at 10 bytes"
+    ]
+
+
+def test_snap_needs_calibration_data() -> None:
+    model, inputs = mlp()
+    with pytest.raises(T3CError, match="calibration inputs"):
+        snap(transform(model, inputs), [], [ARM])
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("conv", ["tucker2", "cp"])
+def test_the_certificate_is_above_the_drift_seen(net: str, conv: str) -> None:
+    """On calibration data and on new data of the same kind, for every profile and input."""
+    model, inputs = NETS[net]()
+    elastic = transform(model, inputs, Config(conv=conv))
+    torch.manual_seed(0)
+    calibration, fresh = ((torch.randn(64, *inputs[0].shape[1:]),) for _ in range(2))
+    profiles = snap(elastic, [calibration], [ARM], count=4)
+    for profile in profiles.profiles:
+        graph = specialize(elastic, profile.options, profile.activations)
+        for batch in (calibration, fresh):
+            drift = observed_drift(model(*batch), graph(*batch))
+            assert float(drift.max()) <= profile.certificate["bound"]
+    bounds = [p.certificate["bound"] for p in profiles.profiles]
+    assert bounds == sorted(bounds, reverse=True)
+
+
+@pytest.mark.parametrize("conv", ["tucker2", "cp"])
+def test_training_drift_converges_to_the_exact_bound_and_differentiates(conv: str) -> None:
+    model, inputs = conv_net()
+    elastic = transform(model, inputs, Config(conv=conv))
+    proxy = SpectralProxy(elastic, [inputs])
+    options = {n: Option(layer.form, min(8, layer.max_rank), 6) for n, layer in elastic_layers(elastic)}
+    gates = {
+        name: ((torch.arange(layer.max_rank) < 8).float().requires_grad_(True), torch.tensor(6.0))
+        for name, layer in elastic_layers(elastic)
+    }
+    for _ in range(60):
+        drift = proxy.drift(gates)
+    exact = sum(proxy.layer_error(name, option) for name, option in options.items())
+    assert float(drift) == pytest.approx(exact, rel=0.02)
+    drift.backward()
+    assert all(mask.grad.abs().sum() > 0 for mask, _ in gates.values() if len(mask))
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 3, 3), (5, 7, 1, 3)])
+def test_error_norm_bounds_the_convolution(shape: tuple[int, ...]) -> None:
+    """Against the largest singular value of the convolution written as a matrix."""
+    torch.manual_seed(0)
+    from t3c_compile.passes.decompose_conv import tucker2_factors
+    from t3c_compile.passes.elastic import Tucker2Conv2d
+    from t3c_compile.passes.elastic.conv import ConvGeometry
+
+    conv = ConvGeometry(padding=(1, 1))
+    layer = Tucker2Conv2d(*tucker2_factors(torch.randn(shape)), None, conv)
+    option = Option("tucker2", 3, 6)
+    error = (layer.dense_weight() - layer.dense_weight(option)).detach()
+    basis = torch.eye(shape[1] * 25).reshape(-1, shape[1], 5, 5)
+    norm = float(torch.linalg.matrix_norm(conv.convolve(basis, error).flatten(1), ord=2))
+    assert norm <= error_norm(layer, option) <= 3.1 * norm
+
+
+def test_observe_sets_ranges_from_the_data() -> None:
+    model, inputs = mlp()
+    elastic = transform(model, inputs)
+    observe(elastic, [(torch.tensor([[-1.0, 3.0] * 32]),)])
+    scale, zero = dict(elastic_layers(elastic))["first"].activations()["x"]
+    assert scale == pytest.approx(4 / 255)
+    assert zero == round(-128 + 1 / scale)
