@@ -66,8 +66,8 @@ class Controller(nn.Module):
         if budget.shape[-1:] != (len(RESOURCES),) or not bool(((budget >= 0) & (budget <= 1)).all()):
             raise T3CError(f"budget must be {', '.join(RESOURCES)} as fractions in [0, 1], got {budget.tolist()}")
         ends = torch.tensor([[0.0], [1.0]], dtype=budget.dtype, device=budget.device).expand(2, len(RESOURCES))
-        least, most = self._allowed(ends)
-        allowed = (self._allowed(budget) - least) / (most - least)
+        ends = self._allowed(ends)
+        allowed = (self._allowed(budget) - ends[0]) / (ends[1] - ends[0])
         return allowed.amin(-2) * self.tops
 
     def _allowed(self, budget: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def apply_gates(model: nn.Module, gates: Gates, inputs: tuple[Any, ...]) -> Any:
     Layers not named run as their own gate says.
     """
     prefix = "module." if isinstance(model, nn.parallel.DistributedDataParallel) else ""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (mask, bits) in gates.items():
         tensors |= {f"{prefix}{name}.gate.mask": mask, f"{prefix}{name}.gate.bits": bits}
     return torch.func.functional_call(model, tensors, inputs)

@@ -125,9 +125,7 @@ def test_gates_cost_counts_a_dense_option_as_dense(elastic: ElasticGraphModule) 
     options = chains(elastic, Grid(512, (4, 8)))
     layers = dict(elastic_layers(elastic))
     assert any(layers[name].form != "dense" and chain[-1].form == "dense" for name, chain in options.items())
-    gates = {
-        name: soft_gate(torch.tensor([0.0, 1.0]), options[name], layer.max_rank) for name, layer in layers.items()
-    }
+    gates = {name: soft_gate(torch.tensor([0.0, 1.0]), options[name], layer.max_rank) for name, layer in layers.items()}
     torch.testing.assert_close(GatesCost(elastic, options, TARGET)(gates), torch.ones(3))
 
 

@@ -1,0 +1,343 @@
+"""One small trainer for elastic models: the sandwich rule, sampled budgets, the five loss terms, resumable.
+
+``ElasticLoss`` is the loss of one step, for a loop of your own; ``train`` is that loop.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from t3c_compile import losses
+from t3c_compile.backends.targets import Target, get_target
+from t3c_compile.chain import Grid, chains
+from t3c_compile.controller import RESOURCES, Controller, Gates, apply_gates, gumbel_levels, soft_gate
+from t3c_compile.passes.elastic import ActivationQuantizer, elastic_layers
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.graph import ElasticGraphModule
+
+_WARMUP = 0.05
+_CLIP = 1.0
+_CHECKPOINT_VERSION = 1
+# The controller is a few hundred numbers with no scale of its own: it moves faster than the factors.
+_CONTROLLER_LR = 1e-2
+# Of a sampled budget, how often a resource is free: users name one or two, seldom all three.
+_FREE = 0.5
+
+
+class TrainError(T3CError):
+    """Training cannot start or go on; the message says why and what to do."""
+
+
+class Batches(Protocol):
+    """A list or a DataLoader: iterated once an epoch, each item a tuple ``(*inputs, labels)``."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class DriftProxy(Protocol):
+    """The spectral certificate: an upper bound on logit drift (0-d, differentiable) at given gates."""
+
+    def drift(self, gates: Gates) -> Tensor: ...
+
+
+Augment = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+"""Makes an augmented copy of a batch's inputs, with torch's global generator."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms beside the task loss, and their constants.
+
+    Attributes:
+        distillation: of KL(full || elastic), at ``temperature``.
+        consistency: of KL under augmentation; needs ``augment``.
+        certificate: of max(0, drift - ``epsilon``), ``epsilon`` in logits; needs ``proxy``.
+        budget: of the relative excess over the sampled budget.
+    """
+
+    distillation: float = 1.0
+    consistency: float = 0.5
+    certificate: float = 0.1
+    budget: float = 1.0
+    temperature: float = 2.0
+    epsilon: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if not getattr(self, f.name) >= 0:
+                raise TrainError(f"loss weight {f.name}={getattr(self, f.name)!r} must not be negative")
+        if self.temperature == 0:
+            raise TrainError("temperature must be positive")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training leaves beside the model: the controller, and the mean of every loss term by epoch."""
+
+    controller: Controller
+    history: list[dict[str, float]]
+    seconds: float
+
+
+class ElasticLoss:
+    """The loss terms of one step on one batch.
+
+    The sandwich rule (https://arxiv.org/abs/1903.05134): every step runs the full model, which gets the task loss and
+    teaches, the least options, and options sampled by the controller for a sampled budget.
+    """
+
+    def __init__(
+        self,
+        elastic: ElasticGraphModule,
+        controller: Controller,
+        weights: LossWeights,
+        target: Target,
+        augment: Augment | None = None,
+        proxy: DriftProxy | None = None,
+    ) -> None:
+        self.controller, self.weights, self.augment, self.proxy = controller, weights, augment, proxy
+        self._max_ranks = {name: layer.max_rank for name, layer in elastic_layers(elastic)}
+        if set(self._max_ranks) != set(controller.chains):
+            raise TrainError("the controller was made for other layers: build its chains from this elastic model")
+        self._cost = losses.GatesCost(elastic, controller.chains, target)
+        self._least = self._gates({name: torch.eye(len(chain))[0] for name, chain in controller.chains.items()})
+
+    def __call__(self, model: nn.Module, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Weighted terms by name (0-d, their sum is the loss); ``model`` is the elastic model, or DDP around it."""
+        weights = self.weights
+        *rest, labels = batch
+        inputs = tuple(rest)
+        budget = self.sample_budget()
+        gates = self.sample_gates(budget)
+        full = model(*inputs)
+        if not isinstance(full, Tensor):
+            raise TrainError(
+                f"the model returns {type(full).__name__}, not logits: write a loop with t3c_compile.losses"
+            )
+        elastic = apply_gates(model, gates, inputs)
+        both = torch.cat([apply_gates(model, self._least, inputs), elastic])
+        teacher, twice = torch.cat([full, full]), torch.cat([labels, labels])
+        smoothing = weights.label_smoothing
+        terms = {
+            "task": losses.task_loss(full, labels, smoothing) + losses.task_loss(both, twice, smoothing),
+            "distillation": weights.distillation * losses.self_distillation(teacher, both, weights.temperature),
+            "budget": weights.budget * losses.budget_penalty(self._cost(gates), budget),
+        }
+        if self.augment is not None and weights.consistency:
+            augmented = apply_gates(model, gates, self.augment(inputs))
+            terms["consistency"] = weights.consistency * losses.consistency(elastic, augmented)
+        if self.proxy is not None and weights.certificate:
+            drift = self.proxy.drift(gates)
+            terms["certificate"] = weights.certificate * losses.certificate_penalty(drift, weights.epsilon)
+        return terms
+
+    def sample_budget(self) -> Tensor:
+        """A budget [3] that can be met: each resource free, or uniform above what the least options cost."""
+        least = self._cost.least
+        sampled = least + (1 - least) * torch.rand(len(RESOURCES))
+        return torch.where(torch.rand(len(RESOURCES)) < _FREE, torch.ones(()), sampled)
+
+    def sample_gates(self, budget: Tensor) -> Gates:
+        """Gates of options sampled for ``budget``, differentiable in the controller."""
+        scores = self.controller.scores(budget)
+        lengths = {name: len(chain) for name, chain in self.controller.chains.items()}
+        return self._gates({name: gumbel_levels(score, lengths[name]) for name, score in scores.items()})
+
+    def _gates(self, levels: Mapping[str, Tensor]) -> Gates:
+        options = self.controller.chains
+        return {name: soft_gate(levels[name], options[name], rank) for name, rank in self._max_ranks.items()}
+
+
+def train(
+    elastic: ElasticGraphModule,
+    batches: Batches,
+    *,
+    epochs: int,
+    controller: Controller | None = None,
+    weights: LossWeights | None = None,
+    augment: Augment | None = None,
+    proxy: DriftProxy | None = None,
+    target: Target | None = None,
+    lr: float = 1e-3,
+    progress: bool = True,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+) -> TrainResult:
+    """Train ``elastic`` (in place) and the controller, so that every profile is accurate; full rank is set at the end.
+
+    Activation ranges of a profile are set afterwards by ``transform.observe``. Torch's global generator is seeded anew
+    every epoch (and put back at the end): with data order and augmentation drawn from it, the result depends on
+    ``seed`` alone, interrupted or not.
+
+    Args:
+        batches: a list or DataLoader of ``(*inputs, labels)``, labels int64.
+        epochs: passes over ``batches``.
+        controller: trained along; None makes one on the default grid.
+        weights: of the loss terms.
+        augment: makes augmented inputs, for the consistency term.
+        proxy: the spectral certificate, for the certificate term.
+        target: whose roofline the budget term counts; None is ``cortex-a76``.
+        lr: AdamW's peak, warmed up and then a cosine to zero.
+        progress: show a progress bar with the time left.
+        checkpoint: written after every epoch and, where it exists, gone on from; delete it to start over.
+
+    Raises:
+        TrainError: no data, a loss or gradient that is not finite (the model is put back to the epoch's start), or a
+            checkpoint of another run.
+    """
+    steps = _count(batches, epochs)
+    weights = weights or LossWeights()
+    controller = controller or Controller(chains(elastic, Grid()))
+    loss = ElasticLoss(elastic, controller, weights, target or get_target("cortex-a76"), augment, proxy)
+    run = _Run(elastic, controller, lr, steps * epochs)
+    options = {name: [str(option) for option in chain] for name, chain in controller.chains.items()}
+    setup = {"epochs": epochs, "steps": steps, "lr": lr, "seed": seed, "weights": asdict(weights), "options": options}
+    start, history = run.load(checkpoint, setup) if checkpoint is not None and checkpoint.exists() else (0, [])
+    began = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _training(elastic), torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task("elastic training", total=steps * epochs, completed=start * steps)
+        for epoch in range(start, epochs):
+            torch.manual_seed(seed + 1_000_003 * epoch)
+            good = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
+            sums: dict[str, float] = {}
+            for index, batch in enumerate(batches):
+                terms = loss(elastic, _checked(batch, index))
+                values = {name: float(term.detach()) for name, term in terms.items()}
+                if not run.step(sum(terms.values(), torch.zeros(())), epoch * steps + index):
+                    elastic.load_state_dict(good)
+                    raise TrainError(_not_finite(values, epoch, index, lr))
+                sums = {name: sums.get(name, 0.0) + value / steps for name, value in values.items()}
+                bar.update(task, advance=1, description=f"elastic training, loss {sum(values.values()):.3f}")
+            history.append(sums)
+            if checkpoint is not None:
+                run.save(checkpoint, setup, history)
+    return TrainResult(controller, history, time.monotonic() - began)
+
+
+class _Run:
+    """The optimizer of one run, and its checkpoint."""
+
+    def __init__(self, elastic: ElasticGraphModule, controller: Controller, lr: float, total: int) -> None:
+        self.elastic, self.controller, self.total = elastic, controller, total
+        self.parameters = [*elastic.parameters(), *controller.parameters()]
+        # No weight decay: it would pull on the two factors of a product, and on the controller's raw weights.
+        groups = [
+            {"params": list(elastic.parameters()), "peak": lr},
+            {"params": list(controller.parameters()), "peak": _CONTROLLER_LR},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+
+    def step(self, loss: Tensor, index: int) -> bool:
+        """Backward and update; False, and no update, where the loss or the gradient is not finite."""
+        factor = min(1.0, (index + 1) / (_WARMUP * self.total)) * 0.5 * (1 + math.cos(math.pi * index / self.total))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP)
+        if not bool(torch.isfinite(loss.detach() + norm)):
+            return False
+        self.optimizer.step()
+        return True
+
+    def save(self, path: Path, setup: dict[str, Any], history: list[dict[str, float]]) -> None:
+        state = {
+            "version": _CHECKPOINT_VERSION,
+            "setup": setup,
+            "history": history,
+            "elastic": self.elastic.state_dict(),
+            "controller": self.controller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: Path, setup: dict[str, Any]) -> tuple[int, list[dict[str, float]]]:
+        """Epochs done, and their history."""
+        way_out = "delete it to start over, or name another file"
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise TrainError(f"checkpoint {path} cannot be read ({error}): {way_out}") from error
+        if not isinstance(state, dict) or state.get("version") != _CHECKPOINT_VERSION:
+            raise TrainError(f"checkpoint {path} is not one of this version's: {way_out}")
+        changed = [key for key, value in setup.items() if state["setup"].get(key) != value]
+        if changed:
+            raise TrainError(f"checkpoint {path} is of a run with other {', '.join(changed)}: {way_out}")
+        try:
+            self.controller.load_state_dict(state["controller"])
+            self.elastic.load_state_dict(state["elastic"])
+        except RuntimeError as error:
+            raise TrainError(f"checkpoint {path} is of another model: {way_out}") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        return len(state["history"]), list(state["history"])
+
+
+@contextmanager
+def _training(elastic: ElasticGraphModule) -> Iterator[None]:
+    """The evaluation graph with activation ranges following the data; full rank and the old mode afterwards.
+
+    Batch norm therefore keeps the float model's statistics: they are what every profile is deployed with, whereas batch
+    statistics of one profile are wrong for all others. Its gain and shift train like the rest. Dropout is off: sampled
+    profiles are noise enough for fine-tuning.
+    """
+    training = elastic.training
+    elastic.eval()
+    elastic.set_full()
+    for module in elastic.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.training = True
+    try:
+        yield
+    finally:
+        elastic.set_full()
+        elastic.train(training)
+
+
+def _count(batches: Batches, epochs: int) -> int:
+    if epochs < 1:
+        raise TrainError(f"epochs={epochs} must be positive")
+    try:
+        steps = len(batches)
+    except TypeError:
+        raise TrainError(
+            "batches has no length: pass a list or a DataLoader, which every epoch iterates anew"
+        ) from None
+    if steps == 0:
+        raise TrainError("there is no data: batches is empty (is the batch size above the number of samples?)")
+    return steps
+
+
+def _checked(batch: Any, index: int) -> tuple[Any, ...]:
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise TrainError(f"batch {index} is a {type(batch).__name__}, not a tuple (*inputs, labels)")
+    for position, value in enumerate(batch):
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise TrainError(f"batch {index}: tensor {position} holds NaN or infinity; clean the data")
+    return tuple(batch)
+
+
+def _not_finite(values: Mapping[str, float], epoch: int, index: int, lr: float) -> str:
+    described = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    return (
+        f"the loss or its gradient is not finite in epoch {epoch}, batch {index} ({described}): lower lr (now {lr:g}) "
+        "or the weight of the term at fault; the model is as it was at the start of the epoch"
+    )
