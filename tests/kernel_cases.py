@@ -132,7 +132,10 @@ def compile_cases(cases: Sequence[Case], target_name: str, path: Path | None = N
 
 def compile_module(functions: Mapping[str, object], target: "Target") -> tvm.runtime.Module:
     """Kernels by name, compiled for a target."""
-    return tvm.tirx.build(tvm.IRModule(dict(functions)), target=tvm.target.Target(dict(target.tvm)))
+    from t3c_compile.backends.tvm.pipelines import KERNEL_PIPELINE
+
+    described = tvm.target.Target(dict(target.tvm))
+    return tvm.tirx.build(tvm.IRModule(dict(functions)), target=described, pipeline=KERNEL_PIPELINE)
 
 
 def pack_numpy(packing: object, raw: Array) -> Array:

@@ -13,7 +13,7 @@ from tvm import relax
 from t3c_compile.backends.targets import Target
 from t3c_compile.backends.tvm.assemble import PACK, TensorInfo, assemble
 from t3c_compile.backends.tvm.kernels.isa import isa_for
-from t3c_compile.backends.tvm.legalize import runtime_pipeline
+from t3c_compile.backends.tvm.pipelines import KERNEL_PIPELINE, runtime_pipeline
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def build_library(programs: Mapping[str, torch.export.ExportedProgram], target: 
         for variable, function in module.functions_items()
         if isinstance(function, tvm.tirx.PrimFunc)
     }
-    executable = relax.build(module, tvm.target.Target(dict(target.tvm)), relax_pipeline=runtime_pipeline())
+    executable = relax.build(
+        module, tvm.target.Target(dict(target.tvm)), relax_pipeline=runtime_pipeline(), tir_pipeline=KERNEL_PIPELINE
+    )
     link(executable, target, path)
     return Library(path, target.name, tuple(programs), inputs, PACK, raw, kernels)
 

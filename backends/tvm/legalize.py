@@ -40,24 +40,6 @@ def legalize(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
     return tvm.ir.transform.Sequential(passes)(module)
 
 
-def runtime_pipeline() -> tvm.ir.transform.Pass:
-    """From call_tir to VM code: TVM's default build without its legalization, which would turn reshapes into copies."""
-    return tvm.ir.transform.Sequential(
-        [
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
-            relax.transform.LowerAllocTensor(),
-            relax.transform.KillAfterLastUse(),
-            relax.transform.LowerRuntimeBuiltin(),
-            relax.transform.ComputePrimValue(),
-            relax.transform.VMShapeLower(),
-            relax.transform.AttachGlobalSymbol(),
-        ]
-    )
-
-
 Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 
