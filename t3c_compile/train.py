@@ -68,7 +68,7 @@ class LossWeights:
 
     distillation: float = 1.0
     consistency: float = 0.5
-    certificate: float = 0.1
+    certificate: float = 0.01
     budget: float = 1.0
     temperature: float = 2.0
     epsilon: float = 1.0
@@ -187,7 +187,8 @@ def train(
         controller: trained along; None makes one on the default grid.
         weights: of the loss terms.
         augment: makes augmented inputs, for the consistency term.
-        proxy: the spectral certificate, for the certificate term.
+        proxy: the spectral certificate, for the certificate term. What it keeps between steps (power iteration) is not
+            in the checkpoint: with a proxy, a resumed run is close to an uninterrupted one, not equal.
         target: whose roofline the budget term counts; None is ``cortex-a76``.
         lr: AdamW's peak, warmed up and then a cosine to zero.
         progress: show a progress bar with the time left.
