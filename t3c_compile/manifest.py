@@ -5,6 +5,7 @@ Standard library only; reading an artifact never unpickles.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,27 @@ STORE = "weights.safetensors"
 
 Manifest = dict[str, Any]
 
-_FIELDS = {"files": dict, "inputs": list, "profiles": list, "targets": dict, "tools": dict}
-_TARGET_FIELDS = {"library": str, "functions": list, "pack": str, "parameters": list, "costs": list, "machine": str}
+_NUMBER = (int, float)
+_COST = {"latency_ms": _NUMBER, "energy_mj": _NUMBER, "source": str}
+_OPTION = {"form": str, "rank": int, "bits": int}
+_PROFILE = {"name": str, "size_bytes": int, "options": {str: _OPTION}, "quality": {str: _NUMBER}, "certificate": dict}
+_TARGET = {
+    "machine": str,
+    "features": [str],
+    "library": str,
+    "functions": [str],
+    "pack": str,
+    "parameters": [str],
+    "costs": [_COST],
+}
+# A type, a tuple of types, [element], {str: value}, or the fields a mapping must have (it may have others).
+_SHAPE = {
+    "files": {str: {"bytes": int, "sha256": str}},
+    "inputs": [{"name": str, "shape": [(int, str)], "dtype": str}],
+    "profiles": [_PROFILE],
+    "targets": {str: _TARGET},
+    "tools": {str: str},
+}
 
 
 class ArtifactError(T3CError):
@@ -57,13 +77,12 @@ def _check_structure(path: Path, manifest: Any) -> None:
         raise ArtifactError(
             f"{path} has schema {schema}, this version reads up to {SCHEMA}: install a newer t3c-compile"
         )
-    for field, kind in _FIELDS.items():
-        if not isinstance(manifest.get(field), kind):
-            raise ArtifactError(f"{path} is damaged: {field!r} is missing or not a {kind.__name__}")
+    wrong = _mismatch(manifest, _SHAPE, "")
+    if wrong:
+        raise ArtifactError(f"{path} is damaged: {wrong}")
+    if not manifest["profiles"] or not manifest["targets"]:
+        raise ArtifactError(f"{path} is damaged: it has no profiles or no targets")
     for target, entry in manifest["targets"].items():
-        for field, kind in _TARGET_FIELDS.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
-                raise ArtifactError(f"{path} is damaged: target {target!r} has no {field!r}")
         for field in ("functions", "costs"):
             if len(entry[field]) != len(manifest["profiles"]):
                 raise ArtifactError(f"{path} is damaged: target {target!r} has {len(entry[field])} {field}")
@@ -72,14 +91,32 @@ def _check_structure(path: Path, manifest: Any) -> None:
                 raise ArtifactError(f"{path} is damaged: {name} has no hash")
 
 
-def _check_file(folder: Path, name: str, entry: Any) -> None:
+def _mismatch(value: Any, shape: Any, place: str) -> str | None:
+    """Where ``value`` first differs from ``shape``, in words; None when it does not."""
+    if isinstance(shape, type | tuple):
+        # JSON's true is Python's int too; nowhere does a manifest hold one.
+        right = isinstance(value, shape) and not isinstance(value, bool)
+        return None if right else f"{place} is missing or of the wrong type"
+    if not isinstance(value, type(shape)):
+        return f"{place} is missing or of the wrong type"
+    if isinstance(shape, list):
+        inner = [(str(i), item, shape[0]) for i, item in enumerate(value)]
+    elif str in shape:
+        inner = [(key, item, shape[str]) for key, item in value.items()]
+    else:
+        inner = [(key, value.get(key), kind) for key, kind in shape.items()]
+    found = (_mismatch(item, kind, f"{place}/{key}".lstrip("/")) for key, item, kind in inner)
+    return next((wrong for wrong in found if wrong), None)
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     path = folder / name
-    if not isinstance(entry, dict) or Path(name).is_absolute() or ".." in Path(name).parts:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ArtifactError(f"{folder / MANIFEST} is damaged: bad file entry {name!r}")
     if not path.is_file():
         raise ArtifactError(f"{folder} is incomplete: {name} is missing")
     size = path.stat().st_size
-    if size != entry.get("bytes"):
+    if size != entry["bytes"]:
         raise ArtifactError(f"{path} is truncated or changed: {size} bytes, {entry.get('bytes')} expected")
-    if sha256(path) != entry.get("sha256"):
+    if sha256(path) != entry["sha256"]:
         raise ArtifactError(f"{path} is damaged: its SHA-256 is not the manifest's; lower the model again")

@@ -50,6 +50,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | {
         "LANG": "C.UTF-8",
         "PYTHONNOUSERSITE": "1",
+        "PYTHONSAFEPATH": "1",
         "PYTHONPATH": f"{find_root()}/site:{_package_link()}",
         "TVM_USE_RUNTIME_LIB": "1",
         **(extra or {}),

@@ -93,22 +93,22 @@ class Session:
         self.profiles: tuple[ProfileInfo, ...] = _profiles(manifest, target)
         self._active = self.profiles[-1]
         self._lock = threading.Lock()
-        tvm, vm = _import_runtime()
-        try:
-            library = tvm.load_module(str(folder / entry["library"]))
-        except Exception as error:
-            raise ArtifactError(f"{folder / entry['library']} cannot be loaded: {error}") from error
-        self._device = tvm.cpu()
-        # The naive allocator gives memory back after each call, so profiles of different sizes leave nothing behind.
-        self._vm = vm.VirtualMachine(library, self._device, memory_cfg="naive")
-        self._tensor = tvm.tensor
-        self._functions = [self._vm[name] for name in entry["functions"]]
         store = read_store(folder / STORE)
         missing = [name for name in entry["parameters"] if name not in store]
         if missing:
             raise ArtifactError(f"{folder / STORE} lacks tensors: {', '.join(missing)}")
-        # Packed once, for all profiles; the mapped store is let go.
-        self._weights = self._vm[entry["pack"]](*[tvm.tensor(store[name]) for name in entry["parameters"]])
+        tvm, vm = _import_runtime()
+        self._tensor = tvm.tensor
+        try:
+            library = tvm.load_module(str(folder / entry["library"]))
+            # The naive allocator gives memory back after each call: profiles of different sizes leave nothing behind.
+            self._vm = vm.VirtualMachine(library, tvm.cpu(), memory_cfg="naive")
+            self._functions = [self._vm[name] for name in entry["functions"]]
+            # Packed once, for all profiles; the mapped store is let go.
+            self._weights = self._vm[entry["pack"]](*[tvm.tensor(store[name]) for name in entry["parameters"]])
+        except Exception as error:
+            # TVM raises what it likes; whatever it is, library and manifest do not belong together.
+            raise ArtifactError(f"{folder / entry['library']} cannot be loaded: {error}") from error
 
     @property
     def active(self) -> ProfileInfo:
@@ -196,7 +196,7 @@ def refusal(entry: Mapping[str, Any]) -> str | None:
     machine = platform.machine().replace("AMD64", "x86_64").replace("arm64", "aarch64")
     if entry["machine"] != machine:
         return f"it is for {entry['machine']}, this is {machine}"
-    missing = [feature for feature in entry.get("features", []) if feature not in cpu_features()]
+    missing = [feature for feature in entry["features"] if feature not in cpu_features()]
     return f"this CPU lacks {', '.join(missing)}" if missing else None
 
 
@@ -215,23 +215,20 @@ def cpu_features() -> frozenset[str]:
 
 def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
     costs = manifest["targets"][target]["costs"]
-    try:
-        return tuple(
-            ProfileInfo(
-                index=index,
-                name=profile["name"],
-                size_mb=profile["size_bytes"] / 1e6,
-                latency_ms=cost.get("latency_p90_ms", cost["latency_ms"]),
-                latency_source=cost["source"],
-                energy_mj=cost["energy_mj"],
-                options=profile["options"],
-                quality=profile["quality"],
-                certificate=profile["certificate"],
-            )
-            for index, (profile, cost) in enumerate(zip(manifest["profiles"], costs, strict=True))
+    return tuple(
+        ProfileInfo(
+            index=index,
+            name=profile["name"],
+            size_mb=profile["size_bytes"] / 1e6,
+            latency_ms=cost.get("latency_p90_ms", cost["latency_ms"]),
+            latency_source=cost["source"],
+            energy_mj=cost["energy_mj"],
+            options=profile["options"],
+            quality=profile["quality"],
+            certificate=profile["certificate"],
         )
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"the manifest is damaged: a profile has no {error}") from error
+        for index, (profile, cost) in enumerate(zip(manifest["profiles"], costs, strict=True))
+    )
 
 
 def _import_runtime() -> tuple[Any, Any]:
