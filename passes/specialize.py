@@ -1,7 +1,7 @@
 """Specialize: the elastic graph at one profile becomes a plain graph of ``t3c::`` ops."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -104,8 +104,21 @@ def as_dense(layer: ElasticLayer) -> ElasticLayer:
         return layer
     weight = layer.dense_weight()
     if isinstance(layer, SvdConv2d | ThreeFactorConv2d):
-        return DenseConv2d(weight, layer.bias, layer.conv, groups=1)
-    return DenseLinear(weight, layer.bias)
+        dense: ElasticLayer = DenseConv2d(weight, layer.bias, layer.conv, groups=1)
+    else:
+        dense = DenseLinear(weight, layer.bias)
+    dense.rows_in, dense.rows_out = layer.rows_in, layer.rows_out
+    dense.x_quant = layer.x_quant
+    dense.add_gate()
+    return dense.train(layer.training)
+
+
+def with_dense(model: ElasticGraphModule, names: Iterable[str]) -> ElasticGraphModule:
+    """A copy of ``model`` in which the named layers have their factors multiplied out."""
+    copied = copy.deepcopy(model)
+    for name in names:
+        copied.add_submodule(name, as_dense(copied.get_submodule(name)))  # type: ignore[arg-type]
+    return copied
 
 
 def specialize(

@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from t3c_compile.manifest import ArtifactError
     from t3c_compile.passes.errors import T3CError
     from t3c_compile.runtime import InputError, Session, load
-    from t3c_compile.snap import snap
-    from t3c_compile.train import train
-    from t3c_compile.transform import Config, transform
+    from t3c_compile.snapping import snap
+    from t3c_compile.training import train
+    from t3c_compile.transforming import Config, transform
 
 _HOME = {
     "ArtifactError": "manifest",
     "Budget": "budget",
     "BudgetError": "budget",
-    "Config": "transform",
+    "Config": "transforming",
     "InputError": "runtime",
     "Session": "runtime",
     "T3CError": "passes.errors",
     "load": "runtime",
     "lower": "artifact",
-    "snap": "snap",
-    "train": "train",
-    "transform": "transform",
+    "snap": "snapping",
+    "train": "training",
+    "transform": "transforming",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t3c_compile.passes.elastic import ElasticLayer, elastic_layers
+from t3c_compile.passes.elastic import ElasticLayer, Gates, elastic_layers
 from t3c_compile.passes.elastic.layer import Activation
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
@@ -22,9 +22,6 @@ from t3c_compile.passes.path_gains import kernel_factor, path_gains, samples_of
 from t3c_compile.passes.specialize import as_dense
 
 _NORM_SAMPLES = 256
-
-Gates = Mapping[str, tuple[Tensor, Tensor]]
-"""By layer: prefix mask [max_rank] and width (0-d), as the controller makes them."""
 
 
 @dataclass(frozen=True)

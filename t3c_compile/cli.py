@@ -93,7 +93,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> Any:
     from t3c_compile.loading import load_elastic
-    from t3c_compile.transform import Config
+    from t3c_compile.transforming import Config
 
     config = Config(conv=arguments.conv, keep=tuple(arguments.keep))
     return load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty())
@@ -121,7 +121,7 @@ def _transform(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from t3c_compile.loading import batches_of
-    from t3c_compile.train import train
+    from t3c_compile.training import train
 
     output = _writable(arguments.output)
     if arguments.data is None:
@@ -151,7 +151,7 @@ def _lower(arguments: argparse.Namespace) -> None:
         raise T3CError(f"lower needs --data to calibrate activations and certificates: {_DATA_HELP}")
     from t3c_compile.artifact import lower
     from t3c_compile.loading import calibration_of
-    from t3c_compile.snap import snap
+    from t3c_compile.snapping import snap
 
     checkpoint = _load(arguments)
     calibration, labels = calibration_of(arguments.data)

@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t3c_compile.passes.elastic import Gates
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.option import Option
 
 RESOURCES = ("latency", "energy", "size")
 """The coordinates of a budget vector, in order."""
-
-Gates = Mapping[str, tuple[Tensor, Tensor]]
-"""Per elastic layer its prefix mask (float32 [max_rank], empty for a dense layer) and its bits (0-d float32)."""
 
 _UNITS = 8
 # Above zero, so that a budget's two ends never meet.

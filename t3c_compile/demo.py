@@ -20,7 +20,7 @@ from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import load
 from t3c_compile.show import show, summarize_options
-from t3c_compile.snap import snap
+from t3c_compile.snapping import snap
 
 TARGETS = ("x86_64", "arm64")
 
@@ -38,7 +38,7 @@ numpy.savez(sys.argv[4], **found)
 
 
 def demo(models: Sequence[str], seed: int, output: Path, as_json: bool) -> None:
-    """Train, snap, lower and run each of the digits models; print a table of what every profile did on the test split."""
+    """Train, snap, lower and run each digits model; print a table of what every profile did on the test split."""
     example = _example()
     output.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
@@ -46,15 +46,15 @@ def demo(models: Sequence[str], seed: int, output: Path, as_json: bool) -> None:
         began = time.monotonic()
         console.print(f"[bold]{name}[/]: training on digits")
         prepared = example.prepare(name, seed=seed, progress=sys.stderr.isatty())
-        calibration, labels = prepared.digits.calibration
+        labels = prepared.data.calibration[1]
         targets = [get_target(target) for target in TARGETS]
-        profiles = snap(prepared.elastic, [(calibration,)], targets, labels, prepared.controller)
+        profiles = snap(prepared.elastic, prepared.calibration, targets, labels)
         console.print(f"{name}: lowering {len(profiles.profiles)} profiles to {', '.join(TARGETS)}")
-        path = lower(prepared.elastic, profiles, targets, output / f"{name}.t3c", (calibration[:1],))
-        test, truth = prepared.digits.test
+        path = lower(prepared.elastic, profiles, targets, output / f"{name}.t3c", prepared.calibration[0])
+        test, truth = prepared.data.test
         rows = run_everywhere(prepared, profiles, path, test, truth, console)
         seconds = time.monotonic() - began
-        title = f"{path}: float32 accuracy {prepared.float_accuracy:.2%} on {len(truth)} test images, {seconds:.0f} s"
+        title = f"{path}: float32 accuracy {example.accuracy(prepared.float_model, prepared.data.test):.2%} on {len(truth)} test images, {seconds:.0f} s"
         show(title, rows, as_json)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t3c_compile.checkpoint import Checkpoint
 from t3c_compile.passes.errors import T3CError
-from t3c_compile.transform import Config, transform
+from t3c_compile.transforming import Config, transform
 
 Inputs = tuple[Any, ...]
 

@@ -196,8 +196,8 @@ class _Maker:
 
         x, w = self.activations(rows, inputs), self.weights(outputs, inputs)
         scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
-        spec = linear.LinearSpec((rows,), inputs, outputs, 0.02, zero_point, bits, bias=bias is not None)
-        args = [x, pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
+        spec = linear.LinearSpec((rows,), inputs, outputs, bits, bias=bias is not None)
+        args = [x, _numbers(0.02, zero_point), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
         self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
 
@@ -219,15 +219,13 @@ class _Maker:
         x, v, u = self.activations(rows, inputs), self.weights(max_rank, inputs), self.weights(max_rank, outputs)
         mid = self.floats(max_rank, low=1e-4, high=0.01)
         gain, bias = (self.floats(outputs), self.floats(outputs)) if bits != 6 else (None, None)
-        spec = linear.LinearSpec(
-            (rows,), inputs, outputs, 0.02, zero_point, bits, gain is not None, bias is not None, max_rank, rank, 0.3
-        )
+        spec = linear.LinearSpec((rows,), inputs, outputs, bits, gain is not None, bias is not None, max_rank, rank)
         packed = [
             pack_numpy(pack.quads_of_matrix(v.shape), v),
             pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u),
         ]
         expected = _op("svd_linear", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, rank, bits)
-        args = _present([x, *packed, mid, gain, bias])
+        args = _present([x, _numbers(0.02 / 0.3, zero_point, 0.3), *packed, mid, gain, bias])
         self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear")
 
     def int8_conv2d(
@@ -239,10 +237,10 @@ class _Maker:
         x, weight = self.activations(n, c, h, w), self.weights(o, c // g, k, k)
         scale, bias = self.floats(o, low=0.01), self.floats(o) if bits != 6 else None
         window = Window((h, w), (k, k), (s, s), (p, p), (d, d))
-        spec = conv.ConvSpec(n, c, o, window, g, 0.02, zero_point, bits, bias is not None)
+        spec = conv.ConvSpec(n, c, o, window, g, bits, bias is not None)
         packed = weight if spec.is_depthwise else pack_numpy(pack.quads_of_conv(weight.shape, g), weight)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
-        args = _present([x, packed, scale, bias])
+        args = _present([x, _numbers(0.02, zero_point), packed, scale, bias])
         self.add(args, expected, lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d")
 
     def chain(
@@ -279,10 +277,6 @@ class _Maker:
             (r_in, r_out),
             rank,
             bits,
-            0.02,
-            zero_point,
-            0.3,
-            0.7,
             gain is not None,
             bias is not None,
         )
@@ -290,13 +284,14 @@ class _Maker:
         packed_u = pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u)
         if form == "svd":
             expected = _op("svd_conv2d", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, stride, rank, bits)
-            args = [x, packed_v, packed_u, mid, gain, bias]
+            args = [x, _numbers(0.02 / 0.3, zero_point, 1.0, 0.3), packed_v, packed_u, mid, gain, bias]
         else:
             core = self.weights(r_out, r_in, k, k) if form == "tucker2" else self.weights(r_in, k, k)
             numbers = (0.02, zero_point, 0.3, 0.7, stride, [p, p], [1, 1], rank, bits)
             expected = _op(f"{form}_conv2d", x, v, core, u, mid, out_scale, gain, bias, *numbers)
             packed = pack_numpy(pack.quads_of_conv(core.shape), core) if form == "tucker2" else core
-            args = [x, packed_v, packed, packed_u, mid, out_scale, gain, bias]
+            at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
+            args = [x, at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
 
 
@@ -313,6 +308,11 @@ def _expression(
         return schedule_default(te.create_prim_func([x, function(x, *numbers)]), isa.lanes)  # type: ignore[attr-defined]
 
     return kernel
+
+
+def _numbers(*values: float) -> Array:
+    """Scales and zero points as the kernels take them."""
+    return np.array(values, np.float32)
 
 
 def _present(args: Sequence[Array | None]) -> list[Array]:

@@ -23,9 +23,8 @@ from nets import conv_net
 from safetensors.numpy import load_file
 
 import t3c_compile
-from t3c_compile import ArtifactError, Budget, BudgetError, InputError
+from t3c_compile import ArtifactError, Budget, BudgetError, InputError, snapping
 from t3c_compile import artifact as artifact_module
-from t3c_compile import snap as snap_module
 from t3c_compile.artifact import lower
 from t3c_compile.backends.targets import get_target
 from t3c_compile.manifest import MANIFEST, STORE, sha256
@@ -34,7 +33,7 @@ from t3c_compile.passes.specialize import parameter_bytes, specialize
 from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import ProfileInfo, choose, refusal
 from t3c_compile.store import read_store
-from t3c_compile.transform import transform
+from t3c_compile.transforming import transform
 
 TARGETS = ("x86_64", "arm64")
 
@@ -49,8 +48,8 @@ class Built:
         torch.manual_seed(0)
         # Of an untrained network on noise hardly a profile is better than another: keep them all.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(snap_module, "drop_dominated", lambda profiles: (profiles, []))
-            self.profiles: ProfileSet = snap_module.snap(self.elastic, [(torch.randn(64, 1, 8, 8),)], targets, count=4)
+            patch.setattr(snapping, "drop_dominated", lambda profiles: (profiles, []))
+            self.profiles: ProfileSet = snapping.snap(self.elastic, [(torch.randn(64, 1, 8, 8),)], targets, count=4)
         self.path = lower(self.elastic, self.profiles, targets, folder / "net.t3c", self.inputs)
         self.x = torch.randn(9, 1, 8, 8)
 

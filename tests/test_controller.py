@@ -10,7 +10,7 @@ from t3c_compile.controller import RESOURCES, Controller, apply_gates, gumbel_le
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.option import Option
-from t3c_compile.transform import transform
+from t3c_compile.transforming import transform
 
 CHAINS = {
     "one": (Option("dense", 0, 8),),

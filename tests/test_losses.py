@@ -20,7 +20,7 @@ from t3c_compile.losses import (
 )
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
-from t3c_compile.transform import Config, transform
+from t3c_compile.transforming import Config, transform
 
 TARGET = get_target("cortex-a76")
 

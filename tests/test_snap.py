@@ -17,8 +17,8 @@ from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.specialize import parameter_bytes, specialize
 from t3c_compile.profile import Profile, ProfileSet
-from t3c_compile.snap import drop_dominated, grid_of, snap
-from t3c_compile.transform import Config, observe, transform
+from t3c_compile.snapping import drop_dominated, grid_of, snap
+from t3c_compile.transforming import Config, observe, transform
 
 ARM = get_target("arm64")
 

@@ -10,7 +10,7 @@ from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.ops import keep_top_bits
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.specialize import specialize
-from t3c_compile.transform import Config, observe, transform
+from t3c_compile.transforming import Config, observe, transform
 
 
 def _profile(elastic: ElasticGraphModule, rank: int, bits: int) -> dict[str, Option]:

@@ -16,8 +16,8 @@ from t3c_compile.controller import Controller, Gates
 from t3c_compile.losses import GatesCost, budget_penalty
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
-from t3c_compile.train import ElasticLoss, LossWeights, TrainError, TrainResult, train
-from t3c_compile.transform import Config, observe, transform
+from t3c_compile.training import ElasticLoss, LossWeights, TrainError, TrainResult, train
+from t3c_compile.transforming import Config, observe, transform
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 GRID = Grid(8, (4, 6, 8))

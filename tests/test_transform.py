@@ -14,7 +14,7 @@ from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import BadWeightsError, CaptureError, NothingToCompressError, T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
-from t3c_compile.transform import Config, transform
+from t3c_compile.transforming import Config, transform
 
 
 def _elastic(name: str, **config: object) -> tuple[nn.Module, ElasticGraphModule, tuple[Tensor]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import tvm
 from torch import fx
@@ -151,15 +152,18 @@ def _dequantize(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.expression(quantize.dequantize, lower.value(a["q"]), a["scale"], a["zero_point"])
 
 
+def _numbers(*values: float) -> relax.Expr:
+    """What a kernel takes of the op's scalars, each rounded to float32 once, as the reference does."""
+    return relax.const(np.array(values, np.float32))
+
+
 def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var:
     x = lower.value(a["x"])
     *lead, inputs = shape_of(x)
     weight = lower.packed(a["weight"], pack.quads_of_matrix(tuple(shape_of(lower.value(a["weight"])))))
     outputs = shape_of(lower.value(a["scale"]))[0]
-    spec = linear.LinearSpec(
-        dims(lead), inputs, outputs, a["x_scale"], a["x_zero_point"], a["bits"], bias=a["bias"] is not None
-    )
-    args = [x, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
+    spec = linear.LinearSpec(dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None)
+    args = [x, _numbers(a["x_scale"], a["x_zero_point"]), weight, lower.value(a["scale"]), lower.optional(a["bias"])]
     return lower.call(linear.int8_linear(lower.isa, spec), args, [*lead, outputs], "float32")
 
 
@@ -173,16 +177,14 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var:
         dims(lead),
         inputs,
         outputs,
-        a["x_scale"],
-        a["x_zero_point"],
         a["bits"],
         gain=a["out_gain"] is not None,
         bias=a["bias"] is not None,
         max_rank=max_rank,
         rank=a["rank"],
-        h_scale=a["h_scale"],
     )
-    args = [x, v, u, lower.value(a["mid_scale"]), lower.optional(a["out_gain"]), lower.optional(a["bias"])]
+    numbers = _numbers(a["x_scale"] / a["h_scale"], a["x_zero_point"], a["h_scale"])
+    args = [x, numbers, v, u, lower.value(a["mid_scale"]), lower.optional(a["out_gain"]), lower.optional(a["bias"])]
     return lower.call(linear.svd_linear(lower.isa, spec), args, [*lead, outputs], "float32")
 
 
@@ -202,8 +204,6 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var:
         raw[0],
         window,
         a["groups"],
-        a["x_scale"],
-        a["x_zero_point"],
         a["bits"],
         bias=a["bias"] is not None,
     )
@@ -211,7 +211,8 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var:
         weight = lower.value(a["weight"])
     else:
         weight = lower.packed(a["weight"], pack.quads_of_conv(raw, a["groups"]))
-    args = [x, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
+    numbers = _numbers(a["x_scale"], a["x_zero_point"])
+    args = [x, numbers, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
     return lower.call(conv.int8_conv2d(lower.isa, spec), args, [batch, raw[0], *window.out], "float32")
 
 
@@ -235,15 +236,14 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var:
         (r_in, r_out),
         a["rank"],
         a["bits"],
-        a["x_scale"],
-        a["x_zero_point"],
-        a["h_scale"],
-        a.get("g_scale", 1.0),
         gain=a["out_gain"] is not None,
         bias=a["bias"] is not None,
     )
+    h_scale = a["h_scale"]
+    last = a.get("g_scale", h_scale)
     args = [
         x,
+        _numbers(a["x_scale"] / h_scale, a["x_zero_point"], h_scale / last, last),
         lower.packed(a["v"], pack.quads_of_matrix((r_in, channels))),
         core,
         lower.packed(a["u"], pack.quads_of_matrix((r_out, outputs), transposed=True)),

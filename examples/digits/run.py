@@ -13,8 +13,8 @@ from t3c_compile.chain import Grid, chains
 from t3c_compile.controller import Controller
 from t3c_compile.cost import dense_int8_bytes, profile_cost
 from t3c_compile.passes.graph import ElasticGraphModule
-from t3c_compile.train import LossWeights, train
-from t3c_compile.transform import Config, observe, transform
+from t3c_compile.training import LossWeights, train
+from t3c_compile.transforming import Config, observe, transform
 
 GRID = Grid(16, (4, 6, 8))
 _EPOCHS = {"cnn": 8, "vit": 5}

@@ -3,7 +3,7 @@
 from t3c_compile.passes.elastic.conv import CpConv2d, DenseConv2d, SvdConv2d, Tucker2Conv2d
 from t3c_compile.passes.elastic.layer import ElasticLayer, elastic_layers
 from t3c_compile.passes.elastic.linear import DenseLinear, SvdLinear
-from t3c_compile.passes.elastic.quantizer import ActivationQuantizer, Gate
+from t3c_compile.passes.elastic.quantizer import ActivationQuantizer, Gate, Gates
 
 __all__ = [
     "ActivationQuantizer",
@@ -12,6 +12,7 @@ __all__ = [
     "DenseLinear",
     "ElasticLayer",
     "Gate",
+    "Gates",
     "SvdConv2d",
     "SvdLinear",
     "Tucker2Conv2d",

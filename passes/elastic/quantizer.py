@@ -1,11 +1,16 @@
 """What sits beside an elastic layer's factors: the controller's gate and the activation quantizers."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from t3c_compile.passes.ops import fake_quantize
 
 _MOMENTUM = 0.1
+
+Gates = Mapping[str, tuple[Tensor, Tensor]]
+"""By elastic layer: its prefix mask (float32 [max_rank], empty for a dense layer) and its width (0-d float32)."""
 
 
 class Gate(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import tvm
+from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, prim_func
@@ -19,15 +20,13 @@ from t3c_compile.backends.tvm.kernels.window import SLACK, Window, channel_words
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """``int8_conv2d``: batch size (or the name of a symbolic one), channels, geometry and the op's numbers."""
+    """``int8_conv2d``: batch size (or the name of a symbolic one), channels and geometry."""
 
     batch: int | str
     channels: int
     outputs: int
     window: Window
     groups: int
-    x_scale: float
-    zero_point: int
     bits: int
     bias: bool
 
@@ -51,16 +50,12 @@ class ChainSpec:
     ranks: tuple[int, int]
     rank: int
     bits: int
-    x_scale: float
-    zero_point: int
-    h_scale: float
-    g_scale: float
     gain: bool
     bias: bool
 
 
 def _read_image(
-    isa: Isa, x: Buffer, batch: Index, channels: int, groups: int, window: Window, zero_point: int
+    isa: Isa, x: Buffer, batch: Index, channels: int, groups: int, window: Window, zero_point: Index
 ) -> Planes:
     """Spread image ``batch`` of int8 NCHW ``x``, each group's channels in words of their own."""
     per_group = channels // groups
@@ -93,31 +88,34 @@ def _middle(isa: Isa, channels: int, pixels: int) -> Planes:
 
 @cache
 def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [N, C, H, W], weight, float32 scale [O], float32 bias [O] if any, float32 y [N, O, H', W']).
+    """(int8 x [N, C, H, W], numbers, weight, float32 scale [O], float32 bias [O] if any, float32 y [N, O, H', W']).
 
+    ``numbers``: float32 x_scale, x_zero_point (an argument, so that layers and profiles of one shape share a kernel).
     ``weight`` is packed by ``quads_of_conv``; for a depthwise convolution it is the raw [O, 1, kh, kw].
     """
     w = s.window
     raw = (s.outputs, s.channels // s.groups, *w.kernel)
     packing = quads_of_conv(raw, s.groups)
     with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d") as function:
-        x, weight, scale, bias, y = function.args(
+        x, numbers, weight, scale, bias, y = function.args(
             x=((s.batch, s.channels, *w.size), "int8"),
+            numbers=((2,), "float32"),
             weight=(raw if s.is_depthwise else packing.shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
             y=((s.batch, s.outputs, *w.out), "float32"),
         )
+        x_scale, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
         with T.serial(0, function.size((s.batch,))) as n:
             base = n * (s.outputs * w.out[0] * w.out[1])
             if s.is_depthwise:
-                planes = _read_image(isa, x, n, s.channels, 1, w, s.zero_point)
-                done = ToImage(isa, w, y, base, s.x_scale, scale, bias, gain_first=True)
+                planes = _read_image(isa, x, n, s.channels, 1, w, zero_point)
+                done = ToImage(isa, w, y, base, x_scale, scale, bias, gain_first=True)
                 depthwise(isa, w, planes, weight, s.channels, s.bits, done)
             else:
                 seen = pointwise(w.size[0] * w.size[1]) if _is_pointwise(w) else w
-                planes = _read_image(isa, x, n, s.channels, s.groups, seen, s.zero_point)
-                done = ToImage(isa, seen, y, base, s.x_scale, scale, bias, gain_first=True)
+                planes = _read_image(isa, x, n, s.channels, s.groups, seen, zero_point)
+                done = ToImage(isa, seen, y, base, x_scale, scale, bias, gain_first=True)
                 convolve(isa, seen, planes, weight, planes.quads, s.outputs // s.groups, s.bits, done)
     return function.func
 
@@ -128,8 +126,9 @@ def _is_pointwise(w: Window) -> bool:
 
 @cache
 def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain and bias if any, float32 y).
+    """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, float32 y).
 
+    ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle.
     ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), a Tucker core by ``quads_of_conv``; a CP core
     is raw.
     """
@@ -139,8 +138,9 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     size, out = w.size[0] * w.size[1], w.out[0] * w.out[1]
     core_shape = (r_in, *w.kernel) if s.form == "cp" else quads_of_conv((r_out, r_in, *w.kernel)).shape
     with prim_func(f"{s.form}_conv") as function:
-        x, v, core, u, mid_scale, core_scale, gain, bias, y = function.args(
+        x, numbers, v, core, u, mid_scale, core_scale, gain, bias, y = function.args(
             x=((s.batch, s.channels, *w.size), "int8"),
+            numbers=((4,), "float32"),
             v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
             core=None if svd else (core_shape, "int8"),
             u=(quads_of_matrix((r_out, s.outputs), transposed=True).shape, "int8"),
@@ -150,23 +150,25 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
             bias=((s.outputs,), "float32") if s.bias else None,
             y=((s.batch, s.outputs, *w.out), "float32"),
         )
+        x_to_h, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
+        h_to_g, scale = T.bind(numbers[2]), T.bind(numbers[3])
         with T.serial(0, function.size((s.batch,))) as n:
             # The 1x1 stages see the image as one row; an SVD's stride is taken as the image is read.
             first = w if svd and not _is_pointwise(w) else pointwise(size)
-            image = _read_image(isa, x, n, s.channels, 1, first, s.zero_point)
+            image = _read_image(isa, x, n, s.channels, 1, first, zero_point)
             h = _middle(isa, k_in, first.pixels)
-            to_h = ToWords(isa, h.buffer, h.stride, mid_scale, s.x_scale / s.h_scale)
+            to_h = ToWords(isa, h.buffer, h.stride, mid_scale, x_to_h)
             convolve(isa, first, image, v, image.quads, k_in, s.bits, to_h)
-            last, seen, scale = h, first, s.h_scale
+            last, seen = h, first
             if not svd:
                 # The core's output keeps the columns that its window drops; the last stage drops them.
-                last, seen, scale = _core(isa, s, h, core, core_scale), w, s.g_scale
+                last, seen = _core(isa, s, h, core, core_scale, h_to_g), w
             done = ToImage(isa, seen, y, n * (s.outputs * out), scale, gain, bias, gain_first=False)
             convolve(isa, seen, last, u, ceil_div(r_out, QUAD), s.outputs, s.bits, done, as_it_lies=True)
     return function.func
 
 
-def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer) -> Planes:
+def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer, h_to_g: Expr) -> Planes:
     """The middle stage: int8 ``h`` at the input's size through the window to int8 at the output's."""
     w = s.window
 
@@ -177,7 +179,7 @@ def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer) -
     k_out = min(s.rank, s.ranks[1])
     planes = Planes(spread(isa, w, h.quads, word, 0), w.plane_words, h.quads, 0)
     g = _middle(isa, k_out, w.pixels)
-    to_g = ToWords(isa, g.buffer, g.stride, core_scale, s.h_scale / s.g_scale)
+    to_g = ToWords(isa, g.buffer, g.stride, core_scale, h_to_g)
     if s.form == "cp":
         depthwise(isa, w, planes, core, k_out, s.bits, to_g)
     else:

@@ -201,6 +201,11 @@ def float32(value: float) -> tvm.tirx.FloatImm:
     return T.float32(float(np.float32(value)))
 
 
+def int32(value: Index) -> Expr:
+    """An int as an int32 constant; an int32 expression as it is."""
+    return T.int32(value) if isinstance(value, int) else value
+
+
 def top_bits(weights: Expr, bits: int, lanes: int) -> Expr:
     """``keep_top_bits`` on an int8 vector: to the nearest multiple of ``2**(8 - bits)``; none overflows within 119."""
     if bits == 8:

@@ -12,7 +12,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
     Index,
     chunks,
     fill,
-    float32,
     load,
     requantize,
     store,
@@ -68,7 +67,7 @@ class ToImage:
         window: Window,
         y: Buffer,
         base: Index,
-        scale: float,
+        scale: Expr,
         gain: Buffer | None,
         bias: Buffer | None,
         gain_first: bool,
@@ -86,9 +85,9 @@ class ToImage:
             channel = task.channel(row + i)
             value = T.cast(total, vec("float32", lanes))
             if self._gain is not None and self._gain_first:
-                value = value * fill(self._gain[channel] * float32(self._scale), lanes)
+                value = value * fill(self._gain[channel] * self._scale, lanes)
             else:
-                value = value * fill(float32(self._scale), lanes)
+                value = value * fill(self._scale, lanes)
                 if self._gain is not None:
                     value = value * fill(self._gain[channel], lanes)
             if self._bias is not None:
@@ -118,7 +117,7 @@ class ToImage:
 class ToWords:
     """Requantize by ``scale[channel] * factor`` into words ``[channels / 4][stride]``; missing channels are zero."""
 
-    def __init__(self, isa: Isa, words: Buffer, stride: int, scale: Buffer, factor: float) -> None:
+    def __init__(self, isa: Isa, words: Buffer, stride: int, scale: Buffer, factor: Expr) -> None:
         self._isa, self._words, self._stride, self._scale, self._factor = isa, words, stride, scale, factor
 
     def begin(self, task: Task) -> None:
@@ -128,7 +127,7 @@ class ToWords:
         lanes = self._isa.lanes
         word = fill(T.int32(self._isa.flip), lanes)
         for i, total in enumerate(sums):
-            factor = fill(self._scale[task.channel(row + i)] * float32(self._factor), lanes)
+            factor = fill(self._scale[task.channel(row + i)] * self._factor, lanes)
             byte = requantize(total, factor, lanes) & fill(T.int32(0xFF), lanes)
             exists = task.exists(row + i)
             if exists is not True:

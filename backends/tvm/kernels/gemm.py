@@ -22,6 +22,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     chunks,
     fill,
     for_each,
+    int32,
     load,
     product,
     static,
@@ -46,7 +47,7 @@ class Product:
     columns: int
     inputs: int
     stored_inputs: int
-    zero_point: int
+    zero_point: Index
     bits: int
 
 
@@ -146,7 +147,7 @@ def _panel(
         lane = column + v * lanes
         return (lane // BLOCK) * block_bytes + k * (BLOCK * QUAD) + (lane % BLOCK) * QUAD
 
-    sums = weight_sums(isa, weights, at, 1, quads, vectors, p.bits) if offset else None
+    sums = weight_sums(isa, weights, at, 1, quads, vectors, p.bits) if static(offset) != 0 else None
     count = static(p.rows)
     last = T.min(first + CHUNK_ROWS, p.rows) if count is None or count > CHUNK_ROWS else count
 
@@ -157,7 +158,9 @@ def _panel(
             for line in acc:
                 for v, cell in enumerate(line):
                     start = T.int32(0) if sums is None else load(sums[v], 0, lanes)
-                    store(cell, 0, fill(start, lanes) if sums is None else start * fill(T.int32(-offset), lanes), lanes)
+                    store(
+                        cell, 0, fill(start, lanes) if sums is None else start * fill(int32(-1 * offset), lanes), lanes
+                    )
             with T.serial(0, quads) as k:
                 words = [weight_words(isa, weights, at(v, 0, k), p.bits) for v in range(vectors)]
                 for r, line in enumerate(acc):

@@ -10,7 +10,6 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.kernels.emit import (
     Index,
     fill,
-    float32,
     load_partial,
     prim_func,
     requantize,
@@ -25,56 +24,63 @@ from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A quantized linear: ``lead`` dimensions (a name is a symbolic one), sizes and the op's numbers.
+    """A quantized linear: ``lead`` dimensions (a name is a symbolic one) and sizes.
 
-    ``max_rank``, ``rank`` and ``h_scale`` are those of ``svd_linear`` and 0 for ``int8_linear``.
+    ``max_rank`` and ``rank`` are those of ``svd_linear`` and 0 for ``int8_linear``. Scales and zero points are an
+    argument (``numbers``), so that layers and profiles of one shape share one kernel.
     """
 
     lead: tuple[int | str, ...]
     inputs: int
     outputs: int
-    x_scale: float
-    zero_point: int
     bits: int
     gain: bool = True
     bias: bool = False
     max_rank: int = 0
     rank: int = 0
-    h_scale: float = 0.0
 
 
 @cache
 def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [..., n], packed int8 weight, float32 scale [m], float32 bias [m] if any, float32 y [..., m])."""
+    """(int8 x [..., n], numbers, packed int8 weight, float32 scale [m], float32 bias [m] if any, float32 y [..., m]).
+
+    ``numbers``: float32 x_scale, x_zero_point.
+    """
     with prim_func("int8_linear") as function:
-        x, weight, scale, bias, y = function.args(
+        x, numbers, weight, scale, bias, y = function.args(
             x=((*s.lead, s.inputs), "int8"),
+            numbers=((2,), "float32"),
             weight=(quads_of_matrix((s.outputs, s.inputs)).shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
             y=((*s.lead, s.outputs), "float32"),
         )
         lanes, rows = isa.lanes, function.size(s.lead)
+        x_scale, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
 
         def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
-            gain = load_partial(scale, column, lanes, valid) * fill(float32(s.x_scale), lanes)
+            gain = load_partial(scale, column, lanes, valid) * fill(x_scale, lanes)
             value = T.cast(acc, vec("float32", lanes)) * gain
             if bias is not None:
                 value = value + load_partial(bias, column, lanes, valid)
             store_partial(y, row * s.outputs + column, value, lanes, valid)
 
         activations = prepare_rows(isa, x, rows, s.inputs)
-        shape = Product(rows, s.outputs, s.inputs, s.inputs, s.zero_point, s.bits)
+        shape = Product(rows, s.outputs, s.inputs, s.inputs, zero_point, s.bits)
         multiply(isa, shape, activations, weight, epilogue)
     return function.func
 
 
 @cache
 def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [..., n], packed v, packed u, mid_scale [R], out_gain and bias [m] if any, float32 y [..., m])."""
+    """(int8 x [..., n], numbers, packed v, packed u, mid_scale [R], out_gain and bias [m] if any, float32 y [..., m]).
+
+    ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale.
+    """
     with prim_func("svd_linear") as function:
-        x, v, u, mid_scale, gain, bias, y = function.args(
+        x, numbers, v, u, mid_scale, gain, bias, y = function.args(
             x=((*s.lead, s.inputs), "int8"),
+            numbers=((3,), "float32"),
             v=(quads_of_matrix((s.max_rank, s.inputs)).shape, "int8"),
             u=(quads_of_matrix((s.max_rank, s.outputs), transposed=True).shape, "int8"),
             mid_scale=((s.max_rank,), "float32"),
@@ -83,26 +89,27 @@ def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
             y=((*s.lead, s.outputs), "float32"),
         )
         lanes, rows, stride = isa.lanes, function.size(s.lead), row_stride(s.rank)
+        to_h, zero_point, h_scale = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32")), T.bind(numbers[2])
 
         activations = prepare_rows(isa, x, rows, s.inputs)
         middle = T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype)
 
         def keep(row: Index, column: Index, valid: int, acc: Expr) -> None:
-            factor = load_partial(mid_scale, column, lanes, valid) * fill(float32(s.x_scale / s.h_scale), lanes)
+            factor = load_partial(mid_scale, column, lanes, valid) * fill(to_h, lanes)
             h = requantize(acc, factor, lanes)
             # Lanes past the rank are zero (their mid_scale is), as the next product needs.
             h = T.cast(h + fill(T.int32(isa.offset), lanes), vec(isa.activation_dtype, lanes))
             store(middle, row * stride + column, h, lanes)
 
         def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
-            value = T.cast(acc, vec("float32", lanes)) * fill(float32(s.h_scale), lanes)
+            value = T.cast(acc, vec("float32", lanes)) * fill(h_scale, lanes)
             if gain is not None:
                 value = value * load_partial(gain, column, lanes, valid)
             if bias is not None:
                 value = value + load_partial(bias, column, lanes, valid)
             store_partial(y, row * s.outputs + column, value, lanes, valid)
 
-        first = Product(rows, s.rank, s.inputs, s.inputs, s.zero_point, s.bits)
+        first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
         multiply(isa, first, activations, v, keep)
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
         multiply(isa, second, middle, u, epilogue)

@@ -13,7 +13,9 @@ from t3c_compile.backends.tvm.kernels.emit import (
     ceil_div,
     fill,
     for_each,
+    int32,
     load,
+    static,
     store,
     top_bits,
     vec,
@@ -33,7 +35,7 @@ class Planes:
     buffer: Buffer
     stride: int
     quads: int
-    zero_point: int
+    zero_point: Index
     groups: int = 1
 
 
@@ -102,7 +104,7 @@ def convolve(
         pixels = T.min(most, w.pixels - start) if pixel_chunks > 1 else w.pixels
         task = Task(group * outputs + output, rows, group * outputs + outputs, outputs % rows == 0, start, pixels, most)
         sums = None
-        if offset:
+        if static(offset) != 0:
             base = packed // lanes * lanes
             sums = weight_sums(
                 isa, weights, lambda v, tap, k: at(base + v * lanes, tap, k), taps, x.quads, ceil_div(rows, lanes), bits
@@ -112,7 +114,7 @@ def convolve(
             pixel = T.bind(block * (vectors * lanes))
             acc = accumulators(rows, vectors, lanes, "int32")
             for r, line in enumerate(acc):
-                value = T.int32(0) if sums is None else sums[r // lanes][(packed + r) % lanes] * T.int32(-offset)
+                value = T.int32(0) if sums is None else sums[r // lanes][(packed + r) % lanes] * int32(-1 * offset)
                 for cell in line:
                     store(cell, 0, fill(value, lanes), lanes)
             with _taps(w, kernel) as (tap, phase, shift), T.serial(0, x.quads) as k:
@@ -162,7 +164,7 @@ def depthwise(isa: Isa, w: Window, x: Planes, weights: Buffer, channels: int, bi
                     for i in range(QUAD):
                         value = (word << fill(T.int32(24 - 8 * i), lanes)) >> fill(T.int32(24), lanes)
                         factor = fill(weight(task.channel(i), tap), lanes)
-                        total = load(acc[i][v], 0, lanes) + (value - fill(T.int32(x.zero_point), lanes)) * factor
+                        total = load(acc[i][v], 0, lanes) + (value - fill(int32(x.zero_point), lanes)) * factor
                         store(acc[i][v], 0, total, lanes)
             for v in range(vectors):
                 epilogue.put(task, 0, pixel + v * lanes, [load(acc[i][v], 0, lanes) for i in range(QUAD)])

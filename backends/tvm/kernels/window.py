@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, chunks, fill, for_each, store, vec, when
+from t3c_compile.backends.tvm.kernels.emit import (
+    Buffer,
+    Index,
+    ceil_div,
+    chunks,
+    fill,
+    for_each,
+    int32,
+    store,
+    vec,
+    when,
+)
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
 # words(quad, row, column, lanes, column step): int32 words of the source image
@@ -100,11 +111,12 @@ def channel_words(
     return read
 
 
-def spread(isa: Isa, w: Window, quads: int, source: Source, zero: int) -> Buffer:
+def spread(isa: Isa, w: Window, quads: int, source: Source, zero: Index) -> Buffer:
     """Spread ``quads`` planes of words read from ``source``; ``zero`` is the int8 value of padding."""
     (rows, columns), phases = w.plane, w.phases
     words = T.alloc_buffer((phases[0] * phases[1] * quads * w.plane_words + SLACK,), "int32")
-    padding = T.int32(_signed(((zero & 0xFF) * 0x01010101) ^ (isa.flip & 0xFFFFFFFF)))
+    byte = int32(zero) & T.int32(0xFF)
+    padding = T.bind((byte | (byte << 8) | (byte << 16) | (byte << 24)) ^ T.int32(isa.flip))
 
     def blank(start: Index, count: int) -> None:
         chunks(count, isa.lanes, lambda i, n: store(words, start + i, fill(padding, n), n))
@@ -140,7 +152,3 @@ def spread(isa: Isa, w: Window, quads: int, source: Source, zero: int) -> Buffer
                 when(True if inside else T.And(y >= 0, y < w.size[0]), filled, empty)
 
     return words
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word

@@ -1,6 +1,5 @@
 """``transform``: a model goes in, an elastic ``torch.fx.GraphModule`` comes out."""
 
-import copy
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -75,8 +74,7 @@ def transform(
         CaptureError, BadWeightsError, NothingToCompressError: before any long work.
     """
     config = config or Config()
-    # A copy: export shares parameters and batch norm statistics, and training the elastic model must not move these.
-    elastic = capture(copy.deepcopy(model), example_inputs, dynamic_shapes)
+    elastic = capture(model, example_inputs, dynamic_shapes)
     pipeline = default_pipeline(FindElasticLayers(config.conv, config.rank_multiple, " ".join(config.keep)))
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("transform", total=len(pipeline.passes))

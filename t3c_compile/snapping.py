@@ -17,8 +17,9 @@ from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.path_gains import first_tensor
+from t3c_compile.passes.specialize import with_dense
 from t3c_compile.profile import Profile, ProfileSet
-from t3c_compile.transform import observe
+from t3c_compile.transforming import observe
 
 Inputs = tuple[Any, ...]
 Levels = dict[str, int]
@@ -70,6 +71,9 @@ def snap(
     training = model.training
     model.eval()
     ladder = chains(model, grid_of(targets))
+    # A layer whose factors never pay on this grid is deployed dense, and so it is measured dense.
+    dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
+    model = with_dense(model, dense) if dense else model
     proxy = SpectralProxy(model, calibration)
     if controller is None:
         path, order = _greedy_path(model, ladder, proxy, targets[0]), "certified error saved per cost"
