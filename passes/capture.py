@@ -20,7 +20,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     """Capture ``model`` with ``torch.export`` (non-strict), once in eval and once in train mode.
 
     ``example_inputs`` are positional. With ``dynamic_shapes`` None, dimension 0 of every tensor input is the batch and
-    is kept free where the model allows it; where it does not, it is fixed and the report says so.
+    is kept free where the model allows it; where it does not, it is fixed and the report says so. A program already
+    exported (a ``.pt2`` file's module) has one graph, which then serves both modes.
 
     Raises:
         CaptureError: the inputs do not fit the model, or it cannot be exported (with the reason and the line).
@@ -32,9 +33,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     was_training = model.training
     modes = {name: module.training for name, module in model.named_modules()}
     try:
-        model.eval()
+        exported = not _set_mode(model, training=False)
         _check_inputs(model, example_inputs)
-        note = None
+        notes: list[str] = []
         shapes = dynamic_shapes
         inputs = example_inputs
         if dynamic_shapes is None:
@@ -47,18 +48,30 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
                 raise
             inputs, shapes = example_inputs, None
             evaluated = _export(model, inputs, shapes)
-            note = f"the batch size is fixed at that of the example inputs: {str(error).splitlines()[0]}"
-        model.train()
-        trained = _export(model, inputs, shapes)
+            notes.append(f"the batch size is fixed at that of the example inputs: {str(error).splitlines()[0]}")
+        trained = evaluated
+        if exported:
+            notes.append("the training graph is the evaluation graph: the model was already exported")
+        else:
+            _set_mode(model, training=True)
+            trained = _export(model, inputs, shapes)
     finally:
         for name, module in model.named_modules():
             module.training = modes[name]
     _rename_clashes(evaluated, trained)
     elastic = ElasticGraphModule(_Both(evaluated, trained), evaluated.graph, trained.graph)
     elastic.meta["t3c_dynamic_shapes"] = shapes
-    if note:
-        report_of(elastic).notes.append(note)
+    report_of(elastic).notes.extend(notes)
     return elastic.train(was_training)
+
+
+def _set_mode(model: nn.Module, training: bool) -> bool:
+    """Put ``model`` in train or eval mode; False where it is an exported program, which has no modes."""
+    try:
+        model.train(training)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _check_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -104,11 +104,14 @@ def _write(
         for target in targets:
             bar.update(task, advance=1, description=f"compile for {target.name}")
             library = build_library(programs, target, folder / "lib" / f"{target.name}.so")
+            # Named by content: the loader takes one path for one library, even when the file there was replaced.
+            name = f"lib/{target.name}-{sha256(library.path)[:12]}.so"
+            library.path.rename(folder / name)
             manifest["inputs"] = [{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in library.inputs]
             manifest["targets"][target.name] = {
                 "machine": machine(target),
                 "features": list(cpu_features(target)),
-                "library": f"lib/{target.name}.so",
+                "library": name,
                 "functions": list(library.functions),
                 "pack": library.pack_function,
                 "parameters": list(library.raw_parameters),

@@ -251,7 +251,7 @@ def _edit(path: Path, change: Any) -> None:
 
 
 def test_damage_is_found_before_anything_is_used(built: Built, tmp_path: Path) -> None:
-    library = f"lib/{TARGETS[0]}.so"
+    library = json.loads((built.path / MANIFEST).read_text())["targets"][TARGETS[0]]["library"]
     damages: list[tuple[Any, str]] = [
         (lambda p: (p / MANIFEST).unlink(), "is not a t3c artifact"),
         (lambda p: (p / MANIFEST).write_text((p / MANIFEST).read_text()[:-40]), "manifest.json is damaged"),
@@ -334,6 +334,16 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(
         lower(built.elastic, built.profiles, TARGETS, path, built.inputs)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert sha256(path / MANIFEST) == before
+
+
+def test_an_artifact_replaced_under_a_loaded_one_is_loaded_anew(built: Built, tmp_path: Path) -> None:
+    path = tmp_path / "net.t3c"
+    for last in (2, 3):
+        some = ProfileSet(built.profiles.profiles[:last], built.profiles.order)
+        lower(built.elastic, some, TARGETS[:1], path, built.inputs)
+        session = t3c_compile.load(path)
+        assert len(session.profiles) == last
+        _close(session.run(built.x.numpy()), built.reference(last - 1))
 
 
 def test_bad_arguments_come_before_any_work(built: Built, tmp_path: Path) -> None:

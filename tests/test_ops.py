@@ -114,7 +114,8 @@ def test_svd_chain_is_two_dense_linears(bits: int) -> None:
     vq, uq = ((t.long() + step // 2) & ~(step - 1) for t in (v, u))
     acc = (x.long() + 5) @ vq[:8].T
     h = torch.clamp(torch.round(acc.float() * (mid[:8] * torch.tensor(0.02 / 0.1))), -127, 127)
-    y = (h.long() @ uq[:8]).float() * 0.1 + bias
+    sums = (h.long() @ uq[:8]).double()
+    y = (sums * torch.tensor(0.1).double() + bias.double()).float()
     assert torch.equal(ops.svd_linear(x, v, u, mid, None, bias, 0.02, -5, 0.1, 8, bits), y)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from t3c_compile.passes.ops.int8_conv import conv_output_size, exact_conv2d, per_channel
-from t3c_compile.passes.ops.int8_linear import add_bias, requantize
+from t3c_compile.passes.ops.int8_linear import finish, requantize
 from t3c_compile.passes.ops.nested import keep_top_bits
 
 _ONE = (1, 1)
@@ -22,10 +22,8 @@ def _pointwise(x: Tensor, weight: Tensor, stride: Sequence[int] = _ONE) -> Tenso
 
 
 def _finish(h: Tensor, u: Tensor, h_scale: float, out_gain: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = _pointwise(h, u.T) * h_scale
-    if out_gain is not None:
-        y = y * per_channel(out_gain)
-    return add_bias(y, None if bias is None else per_channel(bias))
+    gain, shift = (None if values is None else per_channel(values) for values in (out_gain, bias))
+    return finish(_pointwise(h, u.T), h_scale, gain, shift)
 
 
 @torch.library.custom_op("t3c::svd_conv2d", mutates_args=())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t3c_compile.passes.ops.int8_linear import add_bias
+from t3c_compile.passes.ops.int8_linear import affine
 from t3c_compile.passes.ops.nested import keep_top_bits
 
 
@@ -59,7 +59,7 @@ def int8_conv2d(
     acc = exact_conv2d(
         x.to(torch.float64) - x_zero_point, keep_top_bits(weight, bits), stride, padding, dilation, groups
     )
-    return add_bias(acc * per_channel(scale * x_scale), None if bias is None else per_channel(bias))
+    return affine(acc, per_channel(scale * x_scale), None if bias is None else per_channel(bias))
 
 
 @int8_conv2d.register_fake

@@ -1,7 +1,7 @@
 """Quantized linear layers: dense, two-factor (SVD) chain, and weight-only.
 
 Sums are exact integers (the reference works in float64, exact below 2**53); each rescaling is one float32
-multiplication, so a backend that accumulates in int32 reproduces the middle to the bit.
+multiplication or fused multiply-add, so a backend that accumulates in int32 reproduces every number to the bit.
 """
 
 import torch
@@ -20,8 +20,21 @@ def requantize(acc: Tensor, multiplier: Tensor) -> Tensor:
     return torch.clamp(torch.round(acc * multiplier), -127, 127)
 
 
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias
+def affine(x: Tensor, gain: Tensor | float, bias: Tensor | None) -> Tensor:
+    """``x * gain + bias`` in float32, rounded once where there is a bias: the fused multiply-add every target has.
+
+    A second rounding would differ in the last place, and with it, now and then, an int8 step of the next layer.
+    """
+    if bias is None:
+        return x * gain
+    if isinstance(gain, float):
+        gain = torch.tensor(gain, dtype=torch.float32)
+    return (x.to(torch.float64) * gain.to(torch.float64) + bias.to(torch.float64)).to(torch.float32)
+
+
+def finish(y: Tensor, h_scale: float, out_gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The end of every chain: sums of the last middle's integers to float32 outputs."""
+    return affine(y, h_scale, bias) if out_gain is None else affine(y * h_scale, out_gain, bias)
 
 
 @torch.library.custom_op("t3c::int8_linear", mutates_args=())
@@ -39,7 +52,7 @@ def int8_linear(
     ``y = (sum_n (x - x_zero_point) * top_bits(weight)) * (scale * x_scale) + bias``.
     """
     acc = exact_matmul(x.to(torch.float64) - x_zero_point, keep_top_bits(weight, bits))
-    return add_bias(acc * (scale * x_scale), bias)
+    return affine(acc, scale * x_scale, bias)
 
 
 @int8_linear.register_fake
@@ -79,8 +92,7 @@ def svd_linear(
     """
     acc = exact_matmul(x.to(torch.float64) - x_zero_point, keep_top_bits(v[:rank], bits))
     h = requantize(acc, mid_scale[:rank] * (x_scale / h_scale))
-    y = exact_matmul(h, keep_top_bits(u[:rank], bits).T) * h_scale
-    return add_bias(y if out_gain is None else y * out_gain, bias)
+    return finish(exact_matmul(h, keep_top_bits(u[:rank], bits).T), h_scale, out_gain, bias)
 
 
 @svd_linear.register_fake
@@ -103,8 +115,7 @@ def _(
 @torch.library.custom_op("t3c::weight_only_linear", mutates_args=())
 def weight_only_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     """Float activations: float32 ``x`` [..., n], int8 ``weight`` [m, n], float32 ``scale`` [m] -> float32 [..., m]."""
-    y = (x @ keep_top_bits(weight, bits).to(torch.float32).T) * scale
-    return add_bias(y, bias)
+    return affine(x @ keep_top_bits(weight, bits).to(torch.float32).T, scale, bias)
 
 
 @weight_only_linear.register_fake
