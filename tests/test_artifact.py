@@ -122,18 +122,25 @@ def resident():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 for _ in range(2000): session.run(x)
 first = resident()
-for _ in range(50):
-    for profile in session.profiles:
-        session.set_profile(profile.name)
-        session.run(x)
-print(resident() - first, *sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "rich", "sympy"}))
+def all_profiles(rounds):
+    for _ in range(rounds):
+        for profile in session.profiles:
+            session.set_profile(profile.name)
+            session.run(x)
+all_profiles(1)
+once = resident()
+all_profiles(200)
+heavy = {"torch", "rich", "sympy"} & {name.partition(".")[0] for name in sys.modules}
+print(once - first, resident() - first, *sorted(heavy))
 """
 
 
 def test_running_all_profiles_takes_no_more_memory_and_loads_no_torch(built: Built) -> None:
     done = subprocess.run([sys.executable, "-c", _LEAN, str(built.path)], capture_output=True, text=True, check=True)
-    grown, *imported = done.stdout.split()
-    assert int(grown) <= 2 * resource.getpagesize()
+    once, often, *imported = done.stdout.split()
+    assert int(once) <= 2 * resource.getpagesize()
+    # What Python's own allocator moves in hundreds of calls.
+    assert int(often) <= 256 * 1024
     assert imported == []
 
 

@@ -17,8 +17,8 @@ from t3c_compile.training import LossWeights, train
 from t3c_compile.transforming import Config, observe, transform
 
 GRID = Grid(16, (4, 6, 8))
-_EPOCHS = {"cnn": 8, "vit": 5}
-_LR = {"cnn": 3e-4, "vit": 1e-4}
+_EPOCHS = {"cnn": 20, "vit": 5}
+_LR = {"cnn": 5e-4, "vit": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def prepare(name: str, seed: int = 0, progress: bool = True) -> Prepared:
         epochs=_EPOCHS[name],
         controller=controller,
         # The float model was trained with as much smoothing: other targets would move it.
-        weights=LossWeights(label_smoothing=0.1),
+        weights=LossWeights(label_smoothing=0.1, distillation=2.0),
         lr=_LR[name],
         progress=progress,
         seed=seed,
