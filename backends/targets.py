@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from t3c_compile.passes.errors import T3CError
 
-class UnknownTargetError(ValueError):
+
+class UnknownTargetError(T3CError):
     """No target has that name, or this host cannot be one; the message says which are known."""
 
 

@@ -122,29 +122,24 @@ def _rebuild(
 ) -> ElasticGraphModule:
     root = nn.Module()
     for module in (train_module, eval_module):
-        for name, child in module.named_children():
-            _merge(root, name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            root.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            root.register_buffer(name, buffer)
+        _merge(root, module)
     rebuilt = ElasticGraphModule(root, eval_module.graph, train_module.graph)
     rebuilt.meta.update(meta)
     return rebuilt.train(training)
 
 
-def _merge(parent: nn.Module, name: str, child: nn.Module) -> None:
-    """Add ``child``; where a plain container already stands at ``name``, merge the two."""
-    existing = parent._modules.get(name)
-    if existing is None or type(existing) is not nn.Module:
-        parent.add_module(name, child)
-        return
-    for inner, module in child.named_children():
-        _merge(existing, inner, module)
-    for inner, parameter in child.named_parameters(recurse=False):
-        existing.register_parameter(inner, parameter)
-    for inner, buffer in child.named_buffers(recurse=False):
-        existing.register_buffer(inner, buffer)
+def _merge(into: nn.Module, module: nn.Module) -> None:
+    """Add what ``module`` holds to ``into``; plain containers that stand in both are merged."""
+    for name, child in module.named_children():
+        existing = into._modules.get(name)
+        if existing is not None and type(existing) is nn.Module:
+            _merge(existing, child)
+        else:
+            into.add_module(name, child)
+    for name, parameter in module.named_parameters(recurse=False):
+        into.register_parameter(name, parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        into.register_buffer(name, buffer)
 
 
 def _has(module: nn.Module, target: str) -> bool:

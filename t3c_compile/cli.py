@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
+from t3c_compile.backends.targets import get_target, list_targets
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.manifest import ArtifactError, read_manifest
 from t3c_compile.passes.errors import T3CError
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (T3CError, UnknownTargetError) as error:
+    except T3CError as error:
         _report(error, arguments.json)
         return 3 if isinstance(error, BudgetError) else 4 if isinstance(error, ArtifactError) else 1
     return 0

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t3c_compile.backends.targets import Target
-from t3c_compile.controller import Gates
 from t3c_compile.cost import kept_bytes, layer_cost, roofline
-from t3c_compile.passes.elastic import elastic_layers
+from t3c_compile.passes.elastic import Gates, elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 

@@ -153,8 +153,9 @@ def _spread(
         profile_cost(model, {name: ladder[name][level] for name, level in levels.items()}, target).size_bytes
         for levels in path
     ]
-    wanted = torch.logspace(*(float(torch.log10(torch.tensor(s))) for s in (sizes[0], sizes[-1])), count)
-    chosen = sorted({min(range(len(path)), key=lambda i: abs(sizes[i] - float(w))) for w in wanted})
+    ratio = sizes[-1] / sizes[0]
+    wanted = [sizes[0] * ratio ** (step / max(1, count - 1)) for step in range(count)]
+    chosen = sorted({min(range(len(path)), key=lambda i: abs(sizes[i] - w)) for w in wanted})
     return [path[i] for i in chosen]
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from t3c_compile import losses
 from t3c_compile.backends.targets import Target, get_target
 from t3c_compile.chain import Grid, chains
-from t3c_compile.controller import RESOURCES, Controller, Gates, apply_gates, gumbel_levels, soft_gate
-from t3c_compile.passes.elastic import ActivationQuantizer, elastic_layers
+from t3c_compile.controller import RESOURCES, Controller, apply_gates, gumbel_levels, soft_gate
+from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 

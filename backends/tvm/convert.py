@@ -21,6 +21,7 @@ from t3c_compile.backends.tvm.kernels import conv, floats, linear, pack, quantiz
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.window import Window
+from t3c_compile.passes.errors import T3CError
 
 # A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
 Key = tuple[str, Packing | None]
@@ -34,7 +35,7 @@ _KEPT_WHOLE = (
 )
 
 
-class UnsupportedOpError(ValueError):
+class UnsupportedOpError(T3CError):
     """The graph holds ops with no lowering; the message names every node, its op and layer, and the way out."""
 
 
