@@ -39,7 +39,7 @@ class LayerCost:
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         # Plain Python operators only (Min aside), so the same function takes numbers and tensors.
         modules = [{"Min": _minimum}]
-        return tuple(sympy.lambdify((RANK, BITS), e, modules) for e in (self.macs, self.bytes))  # type: ignore[return-value]
+        return tuple(sympy.lambdify((RANK, BITS), e, modules) for e in (self.macs, self.bytes))
 
     def at(self, rank: Any, bits: Any) -> tuple[Any, Any]:
         """(multiply-adds, bytes) at a rank and width; numbers or tensors (differentiable)."""
