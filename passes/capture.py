@@ -41,14 +41,18 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
         if dynamic_shapes is None:
             inputs = two_rows(example_inputs)
             shapes = tuple({0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
+        reason = "the model computes with its value"
         try:
             evaluated = _export(model, inputs, shapes)
         except CaptureError as error:
             if dynamic_shapes is not None:
                 raise
+            evaluated, reason = None, str(error).splitlines()[0]
+        if dynamic_shapes is None and (evaluated is None or not _batch_is_free(evaluated)):
             inputs, shapes = example_inputs, None
             evaluated = _export(model, inputs, shapes)
-            notes.append(f"the batch size is fixed at that of the example inputs: {str(error).splitlines()[0]}")
+            notes.append(f"the batch size is fixed at that of the example inputs: {reason}")
+        assert evaluated is not None
         trained = evaluated
         if exported:
             notes.append("the training graph is the evaluation graph: the model was already exported")
@@ -61,8 +65,18 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     _rename_clashes(evaluated, trained)
     elastic = ElasticGraphModule(_Both(evaluated, trained), evaluated.graph, trained.graph)
     elastic.meta["t3c_dynamic_shapes"] = shapes
+    elastic.meta["t3c_two_rows"] = inputs is not example_inputs
+    elastic.meta["t3c_batch_is_free"] = _batch_is_free(evaluated)
     report_of(elastic).notes.extend(notes)
     return elastic.train(was_training)
+
+
+def _batch_is_free(gm: GraphModule) -> bool:
+    """Whether dimension 0 of every tensor input stayed symbolic; one that was specialized is a symbol worth a number."""
+    values = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
+    sizes = [value.shape[0] for value in tensors]
+    return bool(sizes) and all(not isinstance(size, int) and size.node.maybe_as_int() is None for size in sizes)
 
 
 def _set_mode(model: nn.Module, training: bool) -> bool:

@@ -79,7 +79,7 @@ def samples_of(gm: GraphModule, calibration: Iterable[tuple[Any, ...]], most: in
 
     Layers may fold the batch into other dimensions, so only a batch of one says what belongs to one sample.
     """
-    free = gm.meta.get("t3c_dynamic_shapes") is not None
+    free = gm.meta.get("t3c_batch_is_free", False)
     found: list[tuple[Any, ...]] = []
     for inputs in calibration:
         size = max((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), default=1)

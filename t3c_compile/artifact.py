@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import Session, refusal
 
+if TYPE_CHECKING:
+    from t3c_compile.backends.tvm.assemble import TensorInfo
+
 _TOOLS = ("t3c-compile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
 _WARM_UP, _CALLS = 5, 50
 
@@ -38,11 +41,11 @@ def lower(
     example_inputs: tuple[Tensor, ...],
     progress: bool = False,
 ) -> Path:
-    """Lower every profile for every target into the artifact ``path`` (a folder, by custom ``NAME.t3c``).
+    """Lower every profile for every target into the artifact ``path`` (a folder, by custom called ``NAME.t3c``).
 
     The folder is written beside its final place and renamed at the end, so an artifact is whole or absent; one that
-    stands at ``path`` already is replaced in that moment. Targets this machine can run are measured (batch 1, 50 calls
-    a profile); the others keep their roofline estimate, and the costs say which.
+    stands at ``path`` already is replaced in that moment. Targets this machine can run are measured (50 calls a
+    profile, batch 1 where the batch is free); the others keep their roofline estimate, and the costs say which.
 
     Args:
         example_inputs: what the exported graphs are traced with, as for ``transform``.
@@ -107,7 +110,7 @@ def _write(
             # Named by content: the loader takes one path for one library, even when the file there was replaced.
             name = f"lib/{target.name}-{sha256(library.path)[:12]}.so"
             library.path.rename(folder / name)
-            manifest["inputs"] = [{"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in library.inputs]
+            manifest["inputs"] = _described(library.inputs)
             manifest["targets"][target.name] = {
                 "machine": machine(target),
                 "features": list(cpu_features(target)),
@@ -127,6 +130,15 @@ def _write(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
+def _described(inputs: Sequence["TensorInfo"]) -> list[dict[str, Any]]:
+    """Inputs as the manifest has them; export's symbol for the free batch becomes ``batch``."""
+    symbol = next((info.shape[0] for info in inputs if info.shape and isinstance(info.shape[0], str)), None)
+    return [
+        {"name": info.name, "shape": ["batch" if s == symbol else s for s in info.shape], "dtype": info.dtype}
+        for info in inputs
+    ]
+
+
 def export_profiles(
     model: ElasticGraphModule, profiles: ProfileSet, example_inputs: tuple[Tensor, ...]
 ) -> tuple[dict[str, ExportedProgram], dict[str, Tensor]]:
@@ -135,7 +147,7 @@ def export_profiles(
     store: dict[str, Tensor] = {}
     ranks = profiles.store_ranks()
     shapes = model.meta["t3c_dynamic_shapes"]
-    inputs = two_rows(example_inputs)
+    inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
     for index, profile in enumerate(profiles.profiles):
         graph = specialize(model, profile.options, profile.activations, ranks)
         programs[f"profile_{index}"] = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
@@ -145,7 +157,9 @@ def export_profiles(
 
 def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...]) -> None:
     """Replace the estimated latencies of targets that run here by measured ones (median and 90th percentile)."""
-    inputs = [tensor[:1].numpy() if tensor.dim() else tensor.numpy() for tensor in example_inputs]
+    one = [bool(entry["shape"]) and entry["shape"][0] == "batch" for entry in manifest["inputs"]]
+    inputs = [(x[:1] if first else x).numpy() for x, first in zip(example_inputs, one, strict=True)]
+    batch = "batch 1" if all(one) else "the example inputs"
     for name, entry in manifest["targets"].items():
         if refusal(entry) is not None:
             continue
@@ -155,7 +169,7 @@ def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...
             times = np.array([_timed(session, inputs) for _ in range(_WARM_UP + _CALLS)][_WARM_UP:])
             cost["latency_ms"] = round(float(np.median(times)), 5)
             cost["latency_p90_ms"] = round(float(np.percentile(times, 90)), 5)
-            cost["source"] = f"measured on the build machine, batch 1, {_CALLS} calls"
+            cost["source"] = f"measured on the build machine, {batch}, {_CALLS} calls"
 
 
 def _timed(session: Session, inputs: list[Any]) -> float:

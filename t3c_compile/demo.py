@@ -52,10 +52,15 @@ class DemoResult:
 
 def demo(models: Sequence[str], seed: int, output: Path, as_json: bool) -> None:
     """Train, snap, lower and run each digits model; print a table of what every profile did on the test split."""
+    rows = []
     for name in models:
         result = run_demo(name, seed, output, Console(stderr=True))
-        title = f"{result.path}: float32 accuracy {result.float_accuracy:.2%} on {result.images} test images"
-        show(f"{title}, {result.seconds:.0f} s", result.rows, as_json)
+        rows += [{"model": name, **row} for row in result.rows]
+        if not as_json:
+            title = f"{result.path}: float32 accuracy {result.float_accuracy:.2%} on {result.images} test images"
+            show(f"{title}, {result.seconds:.0f} s", result.rows, as_json)
+    if as_json:
+        show("", rows, as_json)
 
 
 def run_demo(name: str, seed: int, output: Path, console: Console) -> DemoResult:

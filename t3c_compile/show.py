@@ -19,7 +19,9 @@ def show(title: str, rows: Sequence[Row], as_json: bool) -> None:
         return
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in rows[0] if rows else ():
-        table.add_column(name.replace("_", " "), justify="right" if _is_number(rows[0][name]) else "left")
+        table.add_column(
+            name.replace("x86_64", "x86-64").replace("_", " "), justify="right" if _is_number(rows[0][name]) else "left"
+        )
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console = Console()
