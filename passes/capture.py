@@ -72,7 +72,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
 
 
 def _batch_is_free(gm: GraphModule) -> bool:
-    """Whether dimension 0 of every tensor input stayed symbolic; one that was specialized is a symbol worth a number."""
+    """Whether dimension 0 of every tensor input stayed free; one that was specialized is a symbol worth a number."""
     values = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
     sizes = [value.shape[0] for value in tensors]
