@@ -1,6 +1,9 @@
 """The elastic graph: a training graph and an evaluation graph over one tree of modules."""
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +26,8 @@ class ElasticGraphModule(GraphModule):
         super().__init__(root, eval_graph)
         # The constructor copies only what the evaluation graph names.
         self._copy_missing(root, train_graph)
-        self._graphs = {False: self.graph, True: copy.deepcopy(train_graph)}
+        with _quiet():
+            self._graphs = {False: self.graph, True: copy.deepcopy(train_graph)}
         # Export's tracer cannot trace again; None is what lets copies and pickles be made.
         self._tracer_cls = None
         for graph in self._graphs.values():
@@ -96,7 +100,8 @@ class ElasticGraphModule(GraphModule):
                 layer.gate.open()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ElasticGraphModule":
-        parts = copy.deepcopy(self._parts(), memo)
+        with _quiet():
+            parts = copy.deepcopy(self._parts(), memo)
         copied = _rebuild(*parts)
         memo[id(self)] = copied
         return copied
@@ -115,6 +120,14 @@ class ElasticGraphModule(GraphModule):
             module.graph._tracer_cls = None
             plain.append(module)
         return plain[0], plain[1], dict(self.meta), self.training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Copying a graph, torch's own tree specs warn of torch's own code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        yield
 
 
 def _rebuild(
