@@ -4,6 +4,7 @@ import argparse
 import time
 from dataclasses import dataclass
 
+import torch
 from data import Batches, Digits, accuracy, load
 from torch import Tensor, nn
 from train_float import train_float
@@ -39,6 +40,16 @@ class Prepared:
 
 def prepare(name: str, seed: int = 0, progress: bool = True) -> Prepared:
     """Train ``cnn`` or ``vit`` in float32, transform it with calibration, train the elastic model."""
+    threads = torch.get_num_threads()
+    # The models are too small for threads to pay, and on one the result is the same whatever the machine's cores.
+    torch.set_num_threads(1)
+    try:
+        return _prepare(name, seed, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare(name: str, seed: int, progress: bool) -> Prepared:
     began = time.monotonic()
     data = load()
     float_model = train_float(name, data, seed, progress)
