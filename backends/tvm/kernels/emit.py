@@ -21,7 +21,7 @@ Shape = Sequence[int | str]
 # Rows of a product a task takes, so that what it sets up once for its columns is paid back.
 CHUNK_ROWS = 96
 # Work (multiply-adds or elements) below which waking the other threads costs more than it saves.
-PARALLEL_WORK = 1 << 16
+PARALLEL_WORK = 1 << 20
 
 
 @contextmanager
