@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from t3c_compile.passes.base import get_attr, report_of
 from t3c_compile.passes.errors import BadWeightsError, CaptureError
-from t3c_compile.passes.graph import ElasticGraphModule, tensors_are_finite
+from t3c_compile.passes.graph import ElasticGraphModule, place_tensor, tensors_are_finite
 
 _TORCH = Path(torch.__file__).parent
 
@@ -168,16 +168,4 @@ class _Both(nn.Module):
                     copy = tensor.detach().clone()
                     needs = tensor.requires_grad
                     copies[id(tensor)] = nn.Parameter(copy, needs) if isinstance(tensor, nn.Parameter) else copy
-                self._place(name, copies[id(tensor)])
-
-    def _place(self, name: str, tensor: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module: nn.Module = self
-        for part in owner.split(".") if owner else []:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(leaf, tensor)
-        else:
-            module.register_buffer(leaf, tensor)
+                place_tensor(self, name, copies[id(tensor)])

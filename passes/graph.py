@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from t3c_compile.passes.base import Report, report_of
@@ -38,13 +38,8 @@ class ElasticGraphModule(GraphModule):
         extra = GraphModule(root, graph)
         tensors = [*extra.named_parameters(remove_duplicate=False), *extra.named_buffers(remove_duplicate=False)]
         for name, tensor in tensors:
-            owner, _, leaf = name.rpartition(".")
             if not _has(self, name):
-                module = _make_path(self, owner)
-                if isinstance(tensor, nn.Parameter):
-                    module.register_parameter(leaf, tensor)
-                else:
-                    module.register_buffer(leaf, tensor)
+                place_tensor(self, name, tensor)
         for node in graph.nodes:
             if node.op == "call_module" and not _has(self, str(node.target)):
                 self.add_submodule(str(node.target), root.get_submodule(str(node.target)))
@@ -164,12 +159,18 @@ def _has(module: nn.Module, target: str) -> bool:
     return True
 
 
-def _make_path(module: nn.Module, path: str) -> nn.Module:
-    for part in path.split(".") if path else []:
+def place_tensor(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a parameter or buffer at a qualified name, making plain containers on the way."""
+    owner, _, leaf = name.rpartition(".")
+    module = root
+    for part in owner.split(".") if owner else []:
         if part not in module._modules:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
-    return module
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
 
 
 @torch.no_grad()
