@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from t3c_compile.passes.base import Pass, elastic_calls, erase_dead_attrs
@@ -171,8 +171,3 @@ def _drop_unused_tensors(gm: GraphModule) -> None:
         if name not in used:
             owner, _, leaf = name.rpartition(".")
             delattr(gm.get_submodule(owner), leaf)
-
-
-def parameter_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of a store."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

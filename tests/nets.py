@@ -1,5 +1,7 @@
 """Small networks the tests share; every layer kind the passes know is in one of them."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,3 +85,8 @@ def mlp() -> tuple[Mlp, tuple[Tensor]]:
 
 
 NETS = {"conv": conv_net, "attention": attention_net, "mlp": mlp}
+
+
+def parameter_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a store."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nets import conv_net
+from nets import conv_net, parameter_bytes
 from safetensors.numpy import load_file
 
 import t3c_compile
@@ -29,7 +29,7 @@ from t3c_compile.artifact import lower
 from t3c_compile.backends.targets import get_target
 from t3c_compile.manifest import MANIFEST, STORE, sha256
 from t3c_compile.passes.graph import ElasticGraphModule
-from t3c_compile.passes.specialize import parameter_bytes, specialize
+from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import ProfileInfo, choose, refusal
 from t3c_compile.store import read_store

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from nets import NETS, conv_net, mlp
+from nets import NETS, conv_net, mlp, parameter_bytes
 from torch import Tensor
 
 from t3c_compile.backends.targets import get_target
@@ -15,7 +15,7 @@ from t3c_compile.cost import dense_int8_bytes, layer_cost, profile_cost
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.option import Option
-from t3c_compile.passes.specialize import parameter_bytes, specialize
+from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import Profile, ProfileSet
 from t3c_compile.snapping import drop_dominated, grid_of, snap
 from t3c_compile.transforming import Config, observe, transform
