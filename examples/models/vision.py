@@ -1,0 +1,143 @@
+"""ResNet, ViT and Swin of the paper from torchvision, and timm's common families, with random weights.
+
+torchvision built for CUDA torch does not import beside CPU torch until the operators its extension would define exist.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from examples.models import Builder
+from torch import Tensor, nn
+
+_SMALL_CLASSES = 16
+
+
+def _libraries() -> tuple[Any, Any]:
+    """(torchvision.models, timm)."""
+    try:
+        import torchvision.models
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+        import torchvision.models
+    import timm
+
+    return torchvision.models, timm
+
+
+# The operators go when their Library object does.
+_KEPT: list[Any] = []
+
+
+@torch.no_grad()
+def settled(model: nn.Module, image: int) -> nn.Module:
+    """``model`` in eval mode, scaled so that every layer says something.
+
+    Weights that a recipe starts at zero (heads, last norms of residual branches) get an ordinary start, and batch
+    norms the statistics of a few random images.
+    """
+    for parameter in model.parameters():
+        if not parameter.any() and parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if norms:
+        for norm in norms:
+            norm.momentum = None  # a cumulative mean
+        model.train()(torch.randn(4, 3, image, image))
+        for norm in norms:
+            norm.momentum = 0.1
+    return model.eval()
+
+
+def _image(small: bool, sizes: tuple[int, int]) -> int:
+    return sizes[1] if small else sizes[0]
+
+
+def _builder(name: str, make: Callable[[bool], nn.Module], sizes: tuple[int, int] = (224, 64)) -> Builder:
+    """``sizes``: of the images, full and small."""
+
+    def build(small: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return settled(make(small), _image(small, sizes))
+
+    def images(count: int, seed: int, small: bool) -> tuple[Tensor]:
+        side = _image(small, sizes)
+        return (torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed)),)
+
+    return Builder(name, build, lambda small: images(1, 1, small), lambda small: images(3, 2, small))
+
+
+def _resnet(layers: list[int], small: list[int]) -> Callable[[bool], nn.Module]:
+    def make(is_small: bool) -> nn.Module:
+        models, timm = _libraries()
+        if is_small:
+            return timm.models.resnet.ResNet(
+                timm.models.resnet.Bottleneck, small, num_classes=_SMALL_CLASSES, channels=(16, 24, 32, 48)
+            )
+        return models.ResNet(models.resnet.Bottleneck, layers)
+
+    return make
+
+
+def _vit(layers: int, width: int, heads: int, small_layers: int) -> Callable[[bool], nn.Module]:
+    def make(small: bool) -> nn.Module:
+        models, _ = _libraries()
+        if small:
+            return models.VisionTransformer(64, 16, small_layers, 2, 64, 160, num_classes=_SMALL_CLASSES)
+        return models.VisionTransformer(224, 16, layers, heads, width, 4 * width)
+
+    return make
+
+
+def _swin_t(small: bool) -> nn.Module:
+    models, _ = _libraries()
+    if small:
+        return models.SwinTransformer([4, 4], 48, [2, 2], [2, 4], [4, 4], num_classes=_SMALL_CLASSES)
+    return models.SwinTransformer([4, 4], 96, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.2)
+
+
+def _timm(name: str, small_name: str = "", **small: Any) -> Callable[[bool], nn.Module]:
+    """A timm model; its small variant is ``small_name`` (the same by default) with ``small`` as its arguments."""
+
+    def make(is_small: bool) -> nn.Module:
+        _, timm = _libraries()
+        extra = {"zero_init_last": False} if "resnet" in name else {}
+        if is_small:
+            return timm.create_model(small_name or name, num_classes=_SMALL_CLASSES, **small, **extra)
+        return timm.create_model(name, **extra)
+
+    return make
+
+
+MODELS: dict[str, Builder] = {
+    builder.name: builder
+    for builder in (
+        _builder("resnet50", _resnet([3, 4, 6, 3], [1, 1, 1, 1])),
+        _builder("resnet101", _resnet([3, 4, 23, 3], [1, 2, 1, 1])),
+        _builder("vit_b_16", _vit(12, 768, 12, 2)),
+        _builder("vit_l_16", _vit(24, 1024, 16, 3)),
+        _builder("swin_t", _swin_t),
+        _builder("timm_resnet18", _timm("resnet18", channels=(16, 24, 32, 48))),
+        _builder(
+            "timm_vit_small",
+            _timm("vit_small_patch16_224", img_size=64, embed_dim=64, depth=2, num_heads=2),
+        ),
+        _builder(
+            "timm_swin_tiny",
+            _timm(
+                "swin_tiny_patch4_window7_224",
+                img_size=64,
+                window_size=4,
+                embed_dim=48,
+                depths=(2, 2),
+                num_heads=(2, 4),
+            ),
+        ),
+        _builder("timm_convnext_tiny", _timm("convnext_tiny", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64))),
+        _builder("timm_mobilenetv3_large", _timm("mobilenetv3_large_100", "mobilenetv3_small_050")),
+        _builder("timm_efficientnet_b0", _timm("efficientnet_b0", "test_efficientnet")),
+    )
+}
