@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 def classes_loss(output: Any) -> Tensor:
     """Cross-entropy of logits [N, ..., classes] against fixed random classes."""
-    logits = output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
+    logits = (
+        output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
+    )
     flat = logits.flatten(0, -2)
     classes = torch.randint(flat.shape[-1], (len(flat),), generator=torch.Generator().manual_seed(0))
     return F.cross_entropy(flat, classes)

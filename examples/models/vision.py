@@ -1,47 +1,37 @@
-"""ResNet, ViT and Swin of the paper from torchvision, and timm's common families, with random weights.
+"""ResNet, ViT and Swin of the paper from torchvision, and timm's common families, with random weights."""
 
-torchvision built for CUDA torch does not import beside CPU torch until the operators its extension would define exist.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from examples.models import Builder
 from torch import Tensor, nn
+
+from examples.models import Builder
+from examples.models.torchvision_import import import_torchvision
 
 _SMALL_CLASSES = 16
 
 
 def _libraries() -> tuple[Any, Any]:
     """(torchvision.models, timm)."""
-    try:
-        import torchvision.models
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-        import torchvision.models
+    import_torchvision()
     import timm
+    import torchvision.models
 
     return torchvision.models, timm
-
-
-# The operators go when their Library object does.
-_KEPT: list[Any] = []
 
 
 @torch.no_grad()
 def settled(model: nn.Module, image: int) -> nn.Module:
     """``model`` in eval mode, scaled so that every layer says something.
 
-    Weights that a recipe starts at zero (heads, last norms of residual branches) get an ordinary start, and batch
-    norms the statistics of a few random images.
+    Linear weights keep their input's variance (recipes start them nearer to zero, heads at zero), and batch norms get
+    the statistics of a few random images.
     """
-    for parameter in model.parameters():
-        if not parameter.any() and parameter.dim() > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(std=module.in_features**-0.5)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if norms:
         for norm in norms:
@@ -75,7 +65,11 @@ def _resnet(layers: list[int], small: list[int]) -> Callable[[bool], nn.Module]:
         models, timm = _libraries()
         if is_small:
             return timm.models.resnet.ResNet(
-                timm.models.resnet.Bottleneck, small, num_classes=_SMALL_CLASSES, channels=(16, 24, 32, 48)
+                timm.models.resnet.Bottleneck,
+                small,
+                num_classes=_SMALL_CLASSES,
+                channels=(16, 24, 32, 48),
+                zero_init_last=False,
             )
         return models.ResNet(models.resnet.Bottleneck, layers)
 
@@ -99,15 +93,17 @@ def _swin_t(small: bool) -> nn.Module:
     return models.SwinTransformer([4, 4], 96, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.2)
 
 
-def _timm(name: str, small_name: str = "", **small: Any) -> Callable[[bool], nn.Module]:
-    """A timm model; its small variant is ``small_name`` (the same by default) with ``small`` as its arguments."""
+def _timm(
+    name: str, small_name: str = "", both: Mapping[str, Any] = MappingProxyType({}), **small: Any
+) -> Callable[[bool], nn.Module]:
+    """A timm model with ``both`` as arguments; its small variant is ``small_name`` (the same by default) with ``small``
+    too."""
 
     def make(is_small: bool) -> nn.Module:
         _, timm = _libraries()
-        extra = {"zero_init_last": False} if "resnet" in name else {}
         if is_small:
-            return timm.create_model(small_name or name, num_classes=_SMALL_CLASSES, **small, **extra)
-        return timm.create_model(name, **extra)
+            return timm.create_model(small_name or name, num_classes=_SMALL_CLASSES, **both, **small)
+        return timm.create_model(name, **both)
 
     return make
 
@@ -120,7 +116,7 @@ MODELS: dict[str, Builder] = {
         _builder("vit_b_16", _vit(12, 768, 12, 2)),
         _builder("vit_l_16", _vit(24, 1024, 16, 3)),
         _builder("swin_t", _swin_t),
-        _builder("timm_resnet18", _timm("resnet18", channels=(16, 24, 32, 48))),
+        _builder("timm_resnet18", _timm("resnet18", both={"zero_init_last": False}, channels=(16, 24, 32, 48))),
         _builder(
             "timm_vit_small",
             _timm("vit_small_patch16_224", img_size=64, embed_dim=64, depth=2, num_heads=2),
@@ -136,7 +132,10 @@ MODELS: dict[str, Builder] = {
                 num_heads=(2, 4),
             ),
         ),
-        _builder("timm_convnext_tiny", _timm("convnext_tiny", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64))),
+        _builder(
+            "timm_convnext_tiny",
+            _timm("convnext_tiny", both={"ls_init_value": 1.0}, depths=(1, 1, 2, 1), dims=(16, 32, 48, 64)),
+        ),
         _builder("timm_mobilenetv3_large", _timm("mobilenetv3_large_100", "mobilenetv3_small_050")),
         _builder("timm_efficientnet_b0", _timm("efficientnet_b0", "test_efficientnet")),
     )
