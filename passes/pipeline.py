@@ -11,6 +11,7 @@ from t3c_compile.passes.base import Pass
 from t3c_compile.passes.decompose_conv import DecomposeConv
 from t3c_compile.passes.decompose_linear import DecomposeLinear
 from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.express_in_aten import ExpressInAten
 from t3c_compile.passes.find_elastic_layers import FindElasticLayers
 from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -19,7 +20,15 @@ from t3c_compile.passes.insert_quantizers import InsertQuantizers
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (FindElasticLayers, DecomposeLinear, DecomposeConv, InsertQuantizers, InsertHooks, FoldBatchNorm)
+    for cls in (
+        FindElasticLayers,
+        DecomposeLinear,
+        DecomposeConv,
+        InsertQuantizers,
+        InsertHooks,
+        FoldBatchNorm,
+        ExpressInAten,
+    )
 }
 
 Observer = Callable[[Pass], None]
@@ -91,6 +100,7 @@ def _parse(part: str) -> Pass:
         raise PipelineSyntaxError(f"there is no pass {name!r}; known: {', '.join(PASSES)}")
     cls = PASSES[name]
     types: dict[str, Callable[[str], str | int | float]] = {f.name: type(f.default) for f in fields(cls)}  # type: ignore[misc]
+    types |= {name: boolean for name, found in types.items() if found is bool}
     options: dict[str, str | int | float] = {}
     for item in filter(None, (text or "").split(",")):
         key, equals, value = item.partition("=")
@@ -104,3 +114,10 @@ def _parse(part: str) -> Pass:
                 f"{name}: {key}={value.strip()!r} is not a {getattr(types[key], '__name__', '')}"
             ) from error
     return cls(**options)
+
+
+def boolean(text: str) -> bool:
+    """``True`` or ``False``, which ``bool`` does not read."""
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"
