@@ -1,5 +1,6 @@
 # make demo     install and run the demo
 # make test     install everything and run the tests
+# make fuzz     3000 random graphs
 # make check    lint, formatting, types
 # make help     all targets
 
@@ -10,10 +11,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 PACKAGE := --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check arm64-root clean
+.PHONY: help demo test fuzz check arm64-root clean
 
 help:
-	@echo "make demo | test | check | arm64-root | clean     (PYTHON=$(PYTHON) makes .venv)"
+	@echo "make demo | test | fuzz | check | arm64-root | clean     (PYTHON=$(PYTHON) makes .venv)"
 
 demo: .venv/installed
 	@$(BIN)/python scripts/arm64_root.py || echo "arm64 is left out of the demo: see the line above"
@@ -23,6 +24,10 @@ demo: .venv/installed
 test: .venv/installed-dev
 	@$(BIN)/python scripts/arm64_root.py || test "$$CI" != true
 	$(BIN)/python -m pytest
+
+# Random graphs, ten times as many as in `make test`; it prints the seed, the refusals and their reasons.
+fuzz: .venv/installed-dev
+	T3C_FUZZ_CASES=3000 $(BIN)/python -m pytest tests/test_random_graphs.py
 
 # mypy does not follow setuptools' mapping of passes/ and backends/: build/typed is the package as it is installed.
 check: .venv/installed-dev
