@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 from t3c_compile.passes.base import get_attr, report_of
 from t3c_compile.passes.errors import BadWeightsError, CaptureError
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor, tensors_are_finite
+from t3c_compile.passes.inline_regions import inline_regions
+from t3c_compile.passes.state import state_names
 
 _TORCH = Path(torch.__file__).parent
 
@@ -67,6 +69,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     elastic.meta["t3c_dynamic_shapes"] = shapes
     elastic.meta["t3c_two_rows"] = inputs is not example_inputs
     elastic.meta["t3c_batch_is_free"] = _batch_is_free(evaluated)
+    elastic.meta["t3c_state"] = state_names(model)
     report_of(elastic).notes.extend(notes)
     return elastic.train(was_training)
 
@@ -126,6 +129,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> GraphModu
     fresh = GraphModule(module, module.graph)
     fresh._tracer_cls = None
     fresh.graph._tracer_cls = None
+    inline_regions(fresh)
     return fresh
 
 
@@ -165,7 +169,7 @@ class _Both(nn.Module):
             named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
             for name, tensor in named:
                 if id(tensor) not in copies:
-                    copy = tensor.detach().clone()
+                    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
                     needs = tensor.requires_grad
                     copies[id(tensor)] = nn.Parameter(copy, needs) if isinstance(tensor, nn.Parameter) else copy
                 place_tensor(self, name, copies[id(tensor)])
