@@ -4,13 +4,11 @@ import errno
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.progress import Progress
 from safetensors.numpy import save_file
@@ -20,17 +18,17 @@ from torch.export import ExportedProgram
 from t3c_compile.backends.targets import Target, cpu_features, get_target, machine
 from t3c_compile.cost import dense_int8_bytes
 from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifest, sha256
+from t3c_compile.measuring import CALLS, measure
 from t3c_compile.passes.capture import two_rows
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
-from t3c_compile.runtime import Session, refusal
+from t3c_compile.runtime import refusal
 
 if TYPE_CHECKING:
     from t3c_compile.backends.tvm.assemble import TensorInfo
 
 _TOOLS = ("t3c-compile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
-_WARM_UP, _CALLS = 5, 50
 
 
 def lower(
@@ -126,6 +124,7 @@ def _write(
             for name in (STORE, *(entry["library"] for entry in manifest["targets"].values()))
         }
         bar.update(task, advance=1, description="measure")
+        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         _measure(folder, manifest, example_inputs)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -156,24 +155,12 @@ def export_profiles(
 
 
 def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...]) -> None:
-    """Replace the estimated latencies of targets that run here by measured ones (median and 90th percentile)."""
+    """Replace the estimated latencies of targets that run here by measured ones."""
     one = [bool(entry["shape"]) and entry["shape"][0] == "batch" for entry in manifest["inputs"]]
     inputs = [(x[:1] if first else x).numpy() for x, first in zip(example_inputs, one, strict=True)]
     batch = "batch 1" if all(one) else "the example inputs"
     for name, entry in manifest["targets"].items():
         if refusal(entry) is not None:
             continue
-        session = Session(folder, manifest, name)
-        for profile, cost in zip(session.profiles, entry["costs"], strict=True):
-            session.set_profile(profile.name)
-            times = np.array([_timed(session, inputs) for _ in range(_WARM_UP + _CALLS)][_WARM_UP:])
-            cost["latency_ms"] = round(float(np.median(times)), 5)
-            cost["latency_p90_ms"] = round(float(np.percentile(times, 90)), 5)
-            cost["source"] = f"measured on the build machine, {batch}, {_CALLS} calls"
-
-
-def _timed(session: Session, inputs: list[Any]) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    session.run(*inputs)
-    return 1e3 * (time.perf_counter() - start)
+        for cost, found in zip(entry["costs"], measure(folder, name, inputs), strict=True):
+            cost |= {**found, "source": f"measured on the build machine, {batch}, {CALLS} calls"}

@@ -1,0 +1,62 @@
+"""Latency of an artifact's profiles, measured in a process of its own.
+
+Beside the threads of torch and of the compiler, which spin while they wait, a call takes several times as long.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t3c_compile.runtime import Session, load
+
+WARM_UP, CALLS = 5, 50
+
+
+def measure(artifact: Path, target: str, inputs: list[np.ndarray[Any, Any]]) -> list[dict[str, float]]:
+    """``latency_ms`` (median) and ``latency_p90_ms`` of every profile on ``inputs``, in their order.
+
+    Raises:
+        RuntimeError: the process that measures failed; the message is what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "inputs.npz"
+        np.savez(given, *inputs)
+        command = [sys.executable, "-m", "t3c_compile.measuring", str(artifact), target, str(given)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring {artifact} for {target} failed: {done.stderr.strip()}")
+    found: list[dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
+def _milliseconds(session: Session, inputs: list[np.ndarray[Any, Any]]) -> float:
+    start = time.perf_counter()
+    session.run(*inputs)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _main(artifact: str, target: str, given: str) -> None:
+    session = load(artifact, target)
+    with np.load(given) as arrays:
+        inputs = [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
+    found = []
+    for profile in session.profiles:
+        session.set_profile(profile.name)
+        times = [_milliseconds(session, inputs) for _ in range(WARM_UP + CALLS)][WARM_UP:]
+        found.append(
+            {
+                "latency_ms": round(float(np.median(times)), 5),
+                "latency_p90_ms": round(float(np.percentile(times, 90)), 5),
+            }
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
