@@ -14,7 +14,7 @@ from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import NothingToCompressError, T3CError
 from t3c_compile.passes.find_elastic_layers import FindElasticLayers
 from t3c_compile.passes.graph import ElasticGraphModule
-from t3c_compile.passes.pipeline import default_pipeline
+from t3c_compile.passes.pipeline import Pipeline, default_pipeline
 from t3c_compile.passes.record_moments import record_moments
 
 Inputs = tuple[Any, ...]
@@ -75,7 +75,8 @@ def transform(
     """
     config = config or Config()
     elastic = capture(model, example_inputs, dynamic_shapes)
-    pipeline = default_pipeline(FindElasticLayers(config.conv, config.rank_multiple, " ".join(config.keep)))
+    elastic.meta["t3c_config"] = config
+    pipeline = pipeline_of(config)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("transform", total=len(pipeline.passes))
 
@@ -92,6 +93,11 @@ def transform(
         elastic.meta.pop("t3c_moments", None)
     observe(elastic, [example_inputs])
     return elastic.train(training)
+
+
+def pipeline_of(config: Config) -> Pipeline:
+    """The passes ``transform`` runs after capture."""
+    return default_pipeline(FindElasticLayers(config.conv, config.rank_multiple, " ".join(config.keep)))
 
 
 def _require_candidates(elastic: ElasticGraphModule) -> None:
