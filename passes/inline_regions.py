@@ -1,4 +1,4 @@
-"""Regions that export keeps apart, ``torch.no_grad()`` and autocast turned off, become part of the graph around them."""
+"""Regions that export keeps apart (``torch.no_grad()``, autocast turned off) become part of the graph around them."""
 
 import operator
 from typing import Any
@@ -20,23 +20,24 @@ def inline_regions(gm: GraphModule) -> None:
     Raises:
         CaptureError: a region turns autocast on; its casts would be lost.
     """
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in (_GRAD, _AUTOCAST):
-            enabled, region, inputs = _parts(node)
-            body = get_attr(gm, str(region.target))
-            inline_regions(body)
-            with gm.graph.inserting_before(node):
-                results = _copy(gm.graph, body.graph, inputs)
-                if node.target is _GRAD and not enabled:
-                    results = [_detached(gm.graph, result) for result in results]
-            for user in list(node.users):
-                assert user.target is operator.getitem
-                user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-                gm.graph.erase_node(user)
-            gm.graph.erase_node(node)
-    erase_dead_attrs(gm)
-    gm.delete_all_unused_submodules()
-    gm.recompile()
+    regions = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in (_GRAD, _AUTOCAST)]
+    for node in regions:
+        enabled, region, inputs = _parts(node)
+        body = get_attr(gm, str(region.target))
+        inline_regions(body)
+        with gm.graph.inserting_before(node):
+            results = _copy(gm.graph, body.graph, inputs)
+            if node.target is _GRAD and not enabled:
+                results = [_detached(gm.graph, result) for result in results]
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    if regions:
+        erase_dead_attrs(gm)
+        gm.delete_all_unused_submodules()
+        gm.recompile()
 
 
 def _parts(node: Node) -> tuple[bool, Node, tuple[Node, ...]]:

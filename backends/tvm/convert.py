@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import tvm
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tvm import relax, te
 from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-from t3c_compile.backends.tvm.kernels import conv, floats, linear, pack, quantize
+from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, quantize
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.window import Window
@@ -32,6 +33,7 @@ _KEPT_WHOLE = (
     torch.ops.aten.linear.default,
     torch.ops.aten.layer_norm.default,
     torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.index_copy.default,
 )
 
 
@@ -49,6 +51,7 @@ class Lowering:
             spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target
         }
         self.tensors: dict[Key, relax.Var] = {}
+        self.node: Any = None
         self._importer: Any = None
 
     def run(self) -> tvm.IRModule:
@@ -64,7 +67,7 @@ class Lowering:
 
     def _converter(self, convert: "Converter") -> Callable[[fx.Node, Any], relax.Var]:
         def run(node: fx.Node, importer: Any) -> relax.Var:
-            self._importer = importer
+            self.node, self._importer = node, importer
             schema = node.target._schema.arguments  # type: ignore[union-attr]
             given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
             return convert(self, {a.name: given.get(a.name, a.default_value) for a in schema})
@@ -97,6 +100,10 @@ class Lowering:
     def expression(self, function: Callable[..., te.Tensor], *args: Any) -> relax.Var:
         """Emit a tensor expression, which operator fusion may join with its neighbours."""
         return self._importer.block_builder.emit_te(function, *args, primfunc_name_hint=function.__name__)
+
+    def default(self) -> relax.Var:
+        """What TVM's importer makes of the node."""
+        return ExportedProgramImporter.create_convert_map(self._importer)[self.node.target.__name__](self.node)
 
     def optional(self, node: fx.Node | None) -> relax.Expr | None:
         return None if node is None else self.value(node)
@@ -156,6 +163,11 @@ def _dequantize(lower: Lowering, a: Arguments) -> relax.Var:
 def _numbers(*values: float) -> relax.Expr:
     """What a kernel takes of the op's scalars, each rounded to float32 once, as the reference does."""
     return relax.const(np.array(values, np.float32))
+
+
+def _int8_embedding(lower: Lowering, a: Arguments) -> relax.Var:
+    indices, weight, scale = (lower.value(a[name]) for name in ("indices", "weight", "scale"))
+    return lower.expression(quantize.embedding, indices, weight, scale, a["bits"])
 
 
 def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var:
@@ -299,10 +311,56 @@ def _attention(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.emit(relax.op.matmul(lower.emit(relax.op.nn.softmax(scores)), v))
 
 
+def _slice(lower: Lowering, a: Arguments) -> relax.Var:
+    """A part of an axis. TVM clips a symbolic end to the axis, and no kernel matches a length that is a minimum; export
+    has shown which of the two it is."""
+    x, length = lower.value(a["self"]), lower.node.meta["val"].shape[a["dim"]]
+    shape, dim = shape_of(x), a["dim"] % len(shape_of(x))
+    size = a["self"].meta["val"].shape[dim], shape[dim]
+
+    def place(value: Any) -> tuple[Any, Any]:
+        """A place on the axis as torch and as TVM have it."""
+        known = value.meta["val"] if isinstance(value, fx.Node) else value
+        tir = lower.value(value) if isinstance(value, fx.Node) else value
+        return (known + size[0], tir + size[1]) if statically_known_true(known < 0) else (known, tir)
+
+    start, end = place(a["start"] or 0), size if a["end"] is None else place(a["end"])
+    stop = next((tir for known, tir in (end, size) if statically_known_true(known - start[0] == length)), None)
+    if stop is None or a["step"] != 1:
+        return lower.default()
+
+    def part(data: te.Tensor) -> te.Tensor:
+        out = [*shape[:dim], stop - start[1], *shape[dim + 1 :]]
+        return te.compute(out, lambda *i: data(*i[:dim], i[dim] + start[1], *i[dim + 1 :]), name="slice")
+
+    return x if statically_known_true(length == size[0]) else lower.expression(part, x)
+
+
+def _cumsum(lower: Lowering, a: Arguments) -> relax.Var:
+    x = lower.value(a["self"])
+    dtype = str(lower.node.meta["val"].dtype).removeprefix("torch.")
+    if str(x.ty.dtype) != dtype:
+        x = lower.emit(relax.op.astype(x, dtype))
+    shape = shape_of(x)
+    sizes, dim = dims(shape), a["dim"] % len(shape)
+    kernel = moves.cumsum(lower.isa, sizes[:dim], sizes[dim], sizes[dim + 1 :], dtype)
+    return lower.call(kernel, [x], shape, dtype)
+
+
+def _index_copy(lower: Lowering, a: Arguments) -> relax.Var:
+    x, index, source = (lower.value(a[name]) for name in ("self", "index", "source"))
+    shape, dtype = shape_of(x), str(x.ty.dtype)
+    sizes, dim = dims(shape), a["dim"] % len(shape)
+    (written,) = dims(shape_of(index))
+    kernel = moves.index_copy(lower.isa, sizes[:dim], sizes[dim], written, sizes[dim + 1 :], dtype)
+    return lower.call(kernel, [x, index, source], shape, dtype)
+
+
 CONVERTERS: dict[str, Converter] = {
     "quantize_int8.default": _quantize,
     "dequantize_int8.default": _dequantize,
     "int8_linear.default": _int8_linear,
+    "int8_embedding.default": _int8_embedding,
     "svd_linear.default": _svd_linear,
     "weight_only_linear.default": _weight_only_linear,
     "int8_conv2d.default": _int8_conv2d,
@@ -310,5 +368,8 @@ CONVERTERS: dict[str, Converter] = {
     "tucker2_conv2d.default": partial(_conv_chain, "tucker2"),
     "cp_conv2d.default": partial(_conv_chain, "cp"),
     "linear.default": _linear,
+    "slice.Tensor": _slice,
+    "cumsum.default": _cumsum,
+    "index_copy.default": _index_copy,
     "scaled_dot_product_attention.default": _attention,
 }
