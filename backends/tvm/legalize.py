@@ -111,4 +111,5 @@ def _layer_norm(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> rela
     axes = [int(axis) % (len(lead) + 1) for axis in call.attrs.axes]
     if axes != [len(lead)] or not isinstance(count, int) or str(call.ty.dtype) != "float32":
         return None
-    return _kernel_call(builder, rows.layer_norm(isa, dims(lead), count, float(call.attrs.epsilon)), "layer_norm", call)
+    kernel = rows.layer_norm(isa, dims(lead), count, True, True, float(call.attrs.epsilon))
+    return _kernel_call(builder, kernel, "layer_norm", call)

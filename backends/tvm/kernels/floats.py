@@ -1,6 +1,7 @@
 """Float32 products: linear layers with float32 or int8 (weight-only) weights, and batched matrix products.
 
-One tile emitter: rows of the left factor are broadcast against vectors of the right one, sums stay in registers.
+One tile emitter: rows of the left factor are broadcast against vectors of the right one, sums stay in registers. Every
+output is one chain of fused multiply-adds over the reduction, in order, whatever the tile.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, Isa
 from t3c_compile.backends.tvm.kernels.pack import lanes_of_matrix
 
-_REGISTERS = 24
-
 
 @dataclass(frozen=True)
 class Right:
@@ -45,27 +44,59 @@ class Right:
     overlap: bool
 
 
+def tile_shape(isa: Isa, vectors: int, lanes: int, few_rows: bool = False) -> tuple[int, int]:
+    """Rows and vectors of a register tile, for products ``vectors`` wide."""
+    roomy = isa.registers >= 24
+    # Vectors wider or narrower than the target's take more or fewer registers.
+    width = min(vectors, max(1, ((8 if few_rows else 4) if roomy else 2) * isa.lanes // lanes))
+    return max(1, min(12, (24 if roomy else 12) // width)), width
+
+
+def multiply_tile(
+    height: int,
+    places: list[Index],
+    lanes: int,
+    inputs: Index,
+    left: Callable[[int, Index], Expr],
+    right: Callable[[Index, Index], Expr],
+) -> list[list[Buffer]]:
+    """Emit ``height`` rows times the vectors of columns at ``places``: the accumulators, by row and vector.
+
+    ``left(row, k)`` is a scalar, ``right(place, k)`` a vector.
+    """
+    acc = accumulators(height, len(places), lanes, "float32")
+    for line in acc:
+        for cell in line:
+            store(cell, 0, fill(T.float32(0), lanes), lanes)
+    with T.serial(0, inputs) as k:
+        values = [T.bind(right(place, k)) for place in places]
+        for row, line in enumerate(acc):
+            value = T.bind(fill(left(row, k), lanes))
+            for cell, part in zip(line, values, strict=True):
+                store(cell, 0, T.fma(value, part, load(cell, 0, lanes)), lanes)
+    return acc
+
+
 def float_product(
     isa: Isa,
     batch: Index,
     rows: Index,
-    columns: int,
-    inputs: int,
+    columns: Index,
+    inputs: Index,
     left: Callable[[Index, Index], Index],
     x: Buffer,
     right: Callable[[Index], Right],
     epilogue: Callable[[Index, Index, Index, Expr], None],
+    lanes: int,
 ) -> None:
-    """Emit ``batch`` products of ``rows x columns`` over ``inputs``.
+    """Emit ``batch`` products of ``rows x columns`` over ``inputs``, in vectors of ``lanes`` columns.
 
     ``left(batch, row)`` is where that row of ``x`` starts. ``epilogue(batch, row, column, sums)``.
     """
-    lanes = isa.lanes
-    count = static(rows)
+    count, wide = static(rows), static(columns)
     few = count is not None and count <= 2
-    vectors = min(ceil_div(columns, lanes), (8 if few else 4) if isa.registers >= 24 else 2)
+    most, vectors = tile_shape(isa, 8 if wide is None else ceil_div(wide, lanes), lanes, few)
     width = vectors * lanes
-    most = min(12, (_REGISTERS if isa.registers >= 24 else isa.registers) // vectors)
     panels, row_chunks = ceil_div(columns, width), ceil_div(rows, CHUNK_ROWS)
 
     @for_each(batch * panels * row_chunks, product((batch, rows, columns, inputs)))
@@ -75,7 +106,7 @@ def float_product(
         column = T.bind(task // row_chunks % panels * width)
         factor = right(b)
         places = [column + v * lanes for v in range(vectors)]
-        if factor.overlap and columns % width and columns >= lanes:
+        if factor.overlap and (wide is None or wide % width):
             # A ragged last vector moves left to end at the last column: some are computed twice, none out of bounds.
             places = [T.bind(T.min(place, columns - lanes)) for place in places]
         last = T.min(first + CHUNK_ROWS, rows)
@@ -84,16 +115,7 @@ def float_product(
             with T.serial(0, ceil_div(last - first, height)) as tile:
                 row = T.bind(first + tile * height)
                 starts = [T.bind(left(b, T.min(row + r, last - 1))) for r in range(height)]
-                acc = accumulators(height, vectors, lanes, "float32")
-                for line in acc:
-                    for cell in line:
-                        store(cell, 0, fill(T.float32(0), lanes), lanes)
-                with T.serial(0, inputs) as k:
-                    values = [T.bind(factor.read(place, k)) for place in places]
-                    for line, start in zip(acc, starts, strict=True):
-                        value = T.bind(fill(x[start + k], lanes))
-                        for cell, part in zip(line, values, strict=True):
-                            store(cell, 0, load(cell, 0, lanes) + value * part, lanes)
+                acc = multiply_tile(height, places, lanes, inputs, lambda r, k: x[starts[r] + k], factor.read)
                 for r, line in enumerate(acc):
 
                     def finish(r: int = r, line: list[Buffer] = line) -> None:
@@ -143,8 +165,11 @@ def float_linear(isa: Isa, s: FloatLinearSpec) -> tvm.tirx.PrimFunc:
             def finish(valid: int) -> None:
                 value = total
                 if scale is not None:
-                    value = value * load_partial(scale, column, lanes, valid)
-                if bias is not None:
+                    gain = load_partial(scale, column, lanes, valid)
+                    value = (
+                        value * gain if bias is None else T.fma(value, gain, load_partial(bias, column, lanes, valid))
+                    )
+                elif bias is not None:
                     value = value + load_partial(bias, column, lanes, valid)
                 store_partial(y, row * s.outputs + column, value, lanes, valid)
 
@@ -155,43 +180,51 @@ def float_linear(isa: Isa, s: FloatLinearSpec) -> tvm.tirx.PrimFunc:
                 tail = (lambda: when(column < s.outputs, lambda: finish(rest))) if rest else None
                 when(column + lanes <= s.outputs, lambda: finish(lanes), tail)
 
+        def left(b: Index, row: Index) -> Index:
+            return row * s.inputs
+
         rows = function.size(s.lead)
-        float_product(
-            isa, 1, rows, s.outputs, s.inputs, lambda b, row: row * s.inputs, x, lambda b: Right(read, False), epilogue
-        )
+        float_product(isa, 1, rows, s.outputs, s.inputs, left, x, lambda b: Right(read, False), epilogue, lanes)
     return function.func
 
 
 @cache
 def matmul(
-    isa: Isa, batch: tuple[int | str, ...], rows: tuple[int | str, ...], inputs: int, columns: int
+    isa: Isa, batch: tuple[int | str, ...], rows: tuple[int | str, ...], inputs: int | str, columns: int | str
 ) -> tvm.tirx.PrimFunc:
-    """(float32 a [*batch, *rows, inputs], b [*batch, inputs, columns], y [*batch, *rows, columns])."""
+    """(float32 a [*batch, *rows, inputs], b [*batch, inputs, columns], y [*batch, *rows, columns]).
+
+    ``t3c::matmul_f32``.
+    """
     with prim_func("matmul") as function:
         a, b, y = function.args(
             a=((*batch, *rows, inputs), "float32"),
             b=((*batch, inputs, columns), "float32"),
             y=((*batch, *rows, columns), "float32"),
         )
-        lanes, count = isa.lanes, function.size(rows)
-        valid = min(lanes, columns)
+        count, many, wide = function.size(rows), function.size((inputs,)), function.size((columns,))
 
-        def right(n: Index) -> Right:
-            base = n * (inputs * columns)
-            return Right(lambda column, k: load_partial(b, base + k * columns + column, lanes, valid), True)
+        def emit(lanes: int) -> None:
+            def right(n: Index) -> Right:
+                base = n * (many * wide)
+                return Right(lambda column, k: load(b, base + k * wide + column, lanes), True)
 
-        def epilogue(n: Index, row: Index, column: Index, total: Expr) -> None:
-            store_partial(y, (n * count + row) * columns + column, total, lanes, valid)
+            def left(n: Index, row: Index) -> Index:
+                return (n * count + row) * many
 
-        float_product(
-            isa,
-            function.size(batch),
-            count,
-            columns,
-            inputs,
-            lambda n, row: (n * count + row) * inputs,
-            a,
-            right,
-            epilogue,
-        )
+            def epilogue(n: Index, row: Index, column: Index, total: Expr) -> None:
+                store(y, (n * count + row) * wide + column, total, lanes)
+
+            float_product(isa, function.size(batch), count, wide, many, left, a, right, epilogue, lanes)
+
+        known = static(wide)
+        if known is None:
+            when(wide >= isa.lanes, lambda: emit(isa.lanes), lambda: emit(1))
+        else:
+            emit(lanes_for(isa, known))
     return function.func
+
+
+def lanes_for(isa: Isa, columns: int) -> int:
+    """Lanes of a vector that is no wider than ``columns``."""
+    return int(min(isa.lanes, 1 << (columns.bit_length() - 1)))

@@ -1,4 +1,7 @@
-"""Kernels over the last axis, a row at a time: softmax and layer norm."""
+"""Kernels that reduce: layer norm, RMS norm and softmax over the last axis, and mean.
+
+Sums are those of ``passes.ops.float_math.row_sum`` on every target: sixteen partial sums, then halves.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,99 +10,217 @@ import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels import vmath
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
+    accumulators,
+    ceil_div,
     chunks,
     fill,
+    float32,
     for_each,
     load,
     prim_func,
     product,
+    static,
     store,
+    when,
 )
 from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.vmath import Lanes
+from t3c_compile.passes.ops.float_math import PARTIAL_SUMS, fast_exp
+
+_WIDE = PARTIAL_SUMS
+_ARITHMETIC = Lanes(_WIDE)
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    return a + b
+
+
+def square_and_add(total: Expr, value: Expr) -> Expr:
+    return T.fma(value, value, total)
+
+
+def _number(count: Index) -> Expr:
+    return T.cast(count, "float32") if static(count) is None else T.float32(count)
+
+
+def join_lanes(value: Expr, join: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Sixteen lanes to one, in halves."""
+    count = _WIDE // 2
+    while count:
+        whole = T.bind(value)
+        halves = [tvm.tirx.Shuffle([whole], [T.int32(start + i) for i in range(count)]) for start in (0, count)]
+        value = join(*halves)
+        count //= 2
+    return T.bind(value)
 
 
 def reduce_row(
-    lanes: int, count: Index, start: float, read: Callable[[Index, int], Expr], join: Callable[[Expr, Expr], Expr]
+    count: Index,
+    start: float,
+    read: Callable[[Index, int], Expr],
+    step: Callable[[Expr, Expr], Expr],
+    join: Callable[[Expr, Expr], Expr] = add,
 ) -> Expr:
-    """``join`` over ``count`` elements, kept in a vector until the end."""
-    wide = T.alloc_buffer((lanes,), "float32")
-    result = T.alloc_buffer((1,), "float32")
-    store(wide, 0, fill(T.float32(start), lanes), lanes)
-    T.buffer_store(result, T.float32(start), [0])
+    """``step(partial, element)`` over ``count`` elements in sixteen partial results, joined at the end."""
+    wide = T.alloc_buffer((_WIDE,), "float32")
+    store(wide, 0, fill(T.float32(start), _WIDE), _WIDE)
+    whole = count // _WIDE
+    if static(whole) != 0:
+        with T.serial(0, whole) as i:
+            store(wide, 0, step(load(wide, 0, _WIDE), read(i * _WIDE, _WIDE)), _WIDE)
+    rest = count - whole * _WIDE
+    if static(rest) != 0:
+        # In a buffer of its own, so that the one above stays in a register.
+        tail = T.alloc_buffer((_WIDE,), "float32")
+        store(tail, 0, load(wide, 0, _WIDE), _WIDE)
+        with T.serial(0, rest) as lane:
+            T.buffer_store(tail, step(tail[lane], read(whole * _WIDE + lane, 1)), [lane])
+        wide = tail
+    return join_lanes(load(wide, 0, _WIDE), join)
 
-    def step(i: Index, n: int) -> None:
-        if n == lanes:
-            store(wide, 0, join(load(wide, 0, lanes), read(i, lanes)), lanes)
-        else:
-            T.buffer_store(result, join(result[0], read(i, 1)), [0])
 
-    chunks(count, lanes, step)
-    for lane in range(lanes):
-        T.buffer_store(result, join(result[0], wide[lane]), [0])
-    return result[0]
-
-
-def softmax_row(lanes: int, count: Index, x: Buffer, y: Buffer, source: Index, target: Index) -> None:
-    """Softmax of ``count`` elements of ``x`` at ``source`` to ``y`` at ``target``; a row of -inf gives zeros."""
-    low = -3.402823466e38
-    top = T.bind(T.max(reduce_row(lanes, count, low, lambda i, n: load(x, source + i, n), T.max), T.float32(low)))
-
-    def exponential(i: Index, n: int) -> None:
-        store(y, target + i, vmath.exp(load(x, source + i, n) - fill(top, n), n), n)
-
-    chunks(count, lanes, exponential)
-    total = reduce_row(lanes, count, 0.0, lambda i, n: load(y, target + i, n), lambda a, b: a + b)
-    inverse = T.bind(T.float32(1.0) / T.max(total, T.float32(1e-38)))
-    chunks(count, lanes, lambda i, n: store(y, target + i, load(y, target + i, n) * fill(inverse, n), n))
+def exponentials(scores: Buffer, start: Index, blocks: Index, top: Expr) -> Expr:
+    """Replace whole vectors of scores by ``exp(score - top)``; their sum."""
+    total = T.alloc_buffer((_WIDE,), "float32")
+    store(total, 0, fill(T.float32(0), _WIDE), _WIDE)
+    with T.serial(0, blocks) as i:
+        at = start + i * _WIDE
+        e = T.bind(fast_exp(_ARITHMETIC, T.bind(load(scores, at, _WIDE) - fill(top, _WIDE))))
+        store(scores, at, e, _WIDE)
+        store(total, 0, load(total, 0, _WIDE) + e, _WIDE)
+    return join_lanes(load(total, 0, _WIDE), add)
 
 
 @cache
-def softmax(isa: Isa, lead: tuple[int | str, ...], count: int) -> tvm.tirx.PrimFunc:
-    """(float32 x, y [*lead, count]): softmax over the last axis."""
+def softmax(isa: Isa, lead: tuple[int | str, ...], count: int | str) -> tvm.tirx.PrimFunc:
+    """(float32 x, y [*lead, count]): ``t3c::softmax_f32``."""
     with prim_func("softmax") as function:
         x, y = function.args(x=((*lead, count), "float32"), y=((*lead, count), "float32"))
-        rows = function.size(lead)
+        rows, size = function.size(lead), function.size((count,))
+        blocks = ceil_div(size, _WIDE)
 
-        @for_each(rows, product((rows, count, 8)))
+        @for_each(rows, product((rows, size, 8)))
         def _(row: Index) -> None:
-            softmax_row(isa.lanes, count, x, y, row * count, row * count)
+            start = T.bind(row * size)
+            scores = T.alloc_buffer((blocks * _WIDE,), "float32")
+            store(scores, (blocks - 1) * _WIDE, fill(float32(float("-inf")), _WIDE), _WIDE)
+            chunks(size, _WIDE, lambda i, n: store(scores, i, load(x, start + i, n), n))
+            top = reduce_row(blocks * _WIDE, float("-inf"), lambda i, n: load(scores, i, n), T.max, T.max)
+            inverse = T.bind(T.float32(1.0) / exponentials(scores, 0, blocks, top))
+            chunks(size, isa.lanes, lambda i, n: store(y, start + i, load(scores, i, n) * fill(inverse, n), n))
 
     return function.func
 
 
 @cache
-def layer_norm(isa: Isa, lead: tuple[int | str, ...], count: int, epsilon: float) -> tvm.tirx.PrimFunc:
-    """(float32 x [*lead, count], gamma [count], beta [count], y like x): over the last axis, biased variance."""
+def layer_norm(
+    isa: Isa, lead: tuple[int | str, ...], count: int | str, weight: bool, bias: bool, epsilon: float
+) -> tvm.tirx.PrimFunc:
+    """(float32 x [*lead, count], weight and bias [count] where there are, y like x): ``t3c::layer_norm_f32``."""
     with prim_func("layer_norm") as function:
         x, gamma, beta, y = function.args(
             x=((*lead, count), "float32"),
-            gamma=((count,), "float32"),
-            beta=((count,), "float32"),
+            weight=((count,), "float32") if weight else None,
+            bias=((count,), "float32") if bias else None,
             y=((*lead, count), "float32"),
         )
-        rows, lanes = function.size(lead), isa.lanes
+        rows, size = function.size(lead), function.size((count,))
 
-        @for_each(rows, product((rows, count, 4)))
+        @for_each(rows, product((rows, size, 4)))
         def _(row: Index) -> None:
-            start = T.bind(row * count)
-            total = reduce_row(lanes, count, 0.0, lambda i, n: load(x, start + i, n), lambda a, b: a + b)
-            mean = T.bind(total * T.float32(1 / count))
+            start, number = T.bind(row * size), _number(size)
+            mean = T.bind(reduce_row(size, 0.0, lambda i, n: load(x, start + i, n), add) / number)
 
-            def squared(i: Index, n: int) -> Expr:
-                difference = load(x, start + i, n) - fill(mean, n)
-                return difference * difference
+            def centred(i: Index, n: int) -> Expr:
+                return T.bind(load(x, start + i, n) - fill(mean, n))
 
-            variance = reduce_row(lanes, count, 0.0, squared, lambda a, b: a + b) * T.float32(1 / count)
-            gain = T.bind(T.float32(1.0) / T.sqrt(variance + T.float32(epsilon)))
+            variance = reduce_row(size, 0.0, centred, square_and_add) / number
+            gain = T.bind(T.float32(1.0) / T.sqrt(variance + float32(epsilon)))
 
             def normalize(i: Index, n: int) -> None:
-                value = (load(x, start + i, n) - fill(mean, n)) * fill(gain, n)
-                store(y, start + i, value * load(gamma, i, n) + load(beta, i, n), n)
+                value, scale = centred(i, n), fill(gain, n)
+                if gamma is not None:
+                    value, scale = T.bind(value * scale), load(gamma, i, n)
+                value = value * scale if beta is None else T.fma(value, scale, load(beta, i, n))
+                store(y, start + i, value, n)
 
-            chunks(count, lanes, normalize)
+            chunks(size, isa.lanes, normalize)
 
     return function.func
+
+
+@cache
+def rms_norm(
+    isa: Isa, lead: tuple[int | str, ...], count: int | str, weight: bool, epsilon: float
+) -> tvm.tirx.PrimFunc:
+    """(float32 x [*lead, count], weight [count] where there is one, y like x): ``t3c::rms_norm_f32``."""
+    with prim_func("rms_norm") as function:
+        x, gamma, y = function.args(
+            x=((*lead, count), "float32"),
+            weight=((count,), "float32") if weight else None,
+            y=((*lead, count), "float32"),
+        )
+        rows, size = function.size(lead), function.size((count,))
+
+        @for_each(rows, product((rows, size, 3)))
+        def _(row: Index) -> None:
+            start = T.bind(row * size)
+            squares = reduce_row(size, 0.0, lambda i, n: T.bind(load(x, start + i, n)), square_and_add)
+            gain = T.bind(T.float32(1.0) / T.sqrt(squares / _number(size) + float32(epsilon)))
+
+            def normalize(i: Index, n: int) -> None:
+                value = load(x, start + i, n) * fill(gain, n)
+                store(y, start + i, value if gamma is None else value * load(gamma, i, n), n)
+
+            chunks(size, isa.lanes, normalize)
+
+    return function.func
+
+
+@cache
+def mean(
+    isa: Isa, outer: tuple[int | str, ...], reduced: tuple[int | str, ...], inner: tuple[int | str, ...]
+) -> tvm.tirx.PrimFunc:
+    """(float32 x [*outer, *reduced, *inner], y [*outer, *inner]): ``t3c::mean_f32`` over the dimensions ``reduced``."""
+    with prim_func("mean") as function:
+        x, y = function.args(x=((*outer, *reduced, *inner), "float32"), y=((*outer, *inner), "float32"))
+        count, columns = function.size(reduced), function.size(inner)
+        tasks = function.size(outer)
+
+        @for_each(tasks, product((tasks, count, columns)))
+        def _(task: Index) -> None:
+            if static(columns) == 1:
+                total = reduce_row(count, 0.0, lambda i, n: load(x, task * count + i, n), add)
+                T.buffer_store(y, total / _number(count), [task])
+            else:
+                chunks(columns, isa.lanes, lambda i, n: _mean_of_columns(x, y, task, count, columns, i, n))
+
+    return function.func
+
+
+def _mean_of_columns(x: Buffer, y: Buffer, task: Index, count: Index, columns: Index, column: Index, n: int) -> None:
+    """Each partial sum is a vector of columns."""
+    sums = accumulators(1, _WIDE, n, "float32")[0]
+    for total in sums:
+        store(total, 0, fill(T.float32(0), n), n)
+    whole = count // _WIDE
+    at = T.bind(task * count * columns + column)
+
+    def add_row(lane: int, row: Index) -> None:
+        store(sums[lane], 0, load(sums[lane], 0, n) + load(x, at + row * columns, n), n)
+
+    if static(whole) != 0:
+        with T.serial(0, whole) as i:
+            for lane in range(_WIDE):
+                add_row(lane, i * _WIDE + lane)
+    for lane in range(_WIDE - 1):
+        rest = T.bind(count - whole * _WIDE) if static(count) is None else count - whole * _WIDE
+        when(lane < rest, lambda lane=lane: add_row(lane, whole * _WIDE + lane))  # type: ignore[misc]
+    values = [load(total, 0, n) for total in sums]
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [T.bind(a + b) for a, b in zip(values[:half], values[half:], strict=True)]
+    store(y, task * columns + column, values[0] / fill(_number(count), n), n)

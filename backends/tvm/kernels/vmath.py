@@ -1,85 +1,92 @@
-"""Exponential, error function and hyperbolic tangent in plain arithmetic, on scalars or vectors of float32.
+"""Float functions of ``passes.ops.float_math`` as TIR, on scalars or vectors of float32.
 
-libm is called once an element; these vectorize. exp: range reduction and a degree-6 Taylor polynomial of the
-remainder. erf: the rational minimax of Eigen's ``generic_fast_erf``.
+libm is called once an element; these vectorize, and round as the torch reference does.
 """
 
+from typing import Any
+
+import tvm
+import tvm.ir._ffi_api as _ir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import fill, vec
+from t3c_compile.backends.tvm.kernels.emit import fill, float32, vec
+from t3c_compile.passes.ops import float_math
 
-_LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
-_EXP = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
-_ERF_P = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
-)
-_ERF_Q = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)
+# LLVM joins a product and a sum into one operation wherever they meet; nothing passes through this fence.
+_ROUNDED = "tirx.t3c_rounded"
+if _ROUNDED not in _ir.ListOpNames():
+    _ir.RegisterOp(_ROUNDED, "The value as float32, never as part of a fused multiply-add.")
+    tvm.ir.register_op_attr(_ROUNDED, "TVectorizable", True)
+    tvm.ir.register_op_attr(_ROUNDED, "TCallEffectKind", tvm.tirx.CallEffectKind.Pure.value)
+    tvm.tirx.register_intrin_lowering(
+        _ROUNDED,
+        target="llvm",
+        f=lambda call: T.call_llvm_pure_intrin(str(call.ty.dtype), "llvm.arithmetic.fence", call.args[0]),
+    )
 
 
-def _polynomial(x: Expr, coefficients: tuple[float, ...], lanes: int) -> Expr:
-    value = fill(T.float32(coefficients[0]), lanes)
-    for c in coefficients[1:]:
-        value = value * x + fill(T.float32(c), lanes)
-    return value
+def rounded(x: Expr, lanes: int = 1) -> Expr:
+    """The product ``x`` rounded to float32 before anything is added to it."""
+    return tvm.tirx.call_intrin(vec("float32", lanes), _ROUNDED, x)
 
 
-def exp(x: Expr, lanes: int = 1) -> Expr:
-    """e to the x; 0 below -87.3, and at most e to the 88."""
+class Lanes:
+    """``float_math.Arithmetic`` on TIR vectors of ``lanes`` float32."""
 
-    def number(v: float) -> Expr:
-        return fill(T.float32(v), lanes)
+    def __init__(self, lanes: int = 1) -> None:
+        self._lanes = lanes
 
-    clamped = T.max(T.min(x, number(88.0)), number(-87.3))
-    n = T.nearbyint(clamped * number(_LOG2E))
-    r = clamped - n * number(_LN2_HIGH) - n * number(_LN2_LOW)
-    bits = (T.cast(n, vec("int32", lanes)) + fill(T.int32(127), lanes)) << fill(T.int32(23), lanes)
-    value = _polynomial(r, _EXP, lanes) * T.reinterpret(vec("float32", lanes), bits)
-    return T.Select(x < number(-87.3), number(0.0), value)
+    def number(self, value: float) -> Expr:
+        return fill(float32(value), self._lanes)
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        return T.fma(a, b, c)
+
+    def rint(self, x: Expr) -> Expr:
+        return T.nearbyint(x)
+
+    def clamp(self, x: Expr, low: float, high: float) -> Expr:
+        # The bound first: a comparison with NaN is false, and gives the second.
+        return T.min(self.number(high), T.max(self.number(low), x))
+
+    def select(self, condition: Expr, a: Expr, b: Expr) -> Expr:
+        return T.Select(condition, a, b)
+
+    def power_of_two(self, n: Expr) -> Expr:
+        bits = T.cast(n, vec("int32", self._lanes)) + fill(T.int32(127), self._lanes)
+        return T.reinterpret(vec("float32", self._lanes), bits << fill(T.int32(23), self._lanes))
+
+    def half(self, n: Expr) -> Expr:
+        return T.floor(n * self.number(0.5))
+
+
+_SCALAR: Any = Lanes()
+
+
+def exp(x: Expr) -> Expr:
+    return rounded(float_math.exp(_SCALAR, x))
 
 
 def erf(x: Expr) -> Expr:
-    """The error function of a scalar."""
-    x = T.max(T.min(x, T.float32(4.0)), T.float32(-4.0))
-    square = x * x
-    return x * _polynomial(square, _ERF_P, 1) / _polynomial(square, _ERF_Q, 1)
-
-
-def sigmoid(x: Expr) -> Expr:
-    return T.float32(1.0) / (T.float32(1.0) + exp(-x))
+    return float_math.erf(_SCALAR, x)
 
 
 def tanh(x: Expr) -> Expr:
-    """By a series near zero, where the exponential form cancels."""
-    square = x * x
-    near = x * _polynomial(square, (2 / 15, -1 / 3, 1.0), 1)
-    far = T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + exp(x * T.float32(2.0)))
-    return T.Select(square < T.float32(0.01), near, far)
+    return float_math.tanh(_SCALAR, x)
 
 
-def gelu(x: Expr) -> Expr:
-    """x times the normal distribution function."""
-    half = T.float32(0.5) * x
-    return half + half * erf(x * T.float32(0.7071067811865476))
-
-
-def gelu_tanh(x: Expr) -> Expr:
-    inner = T.float32(0.7978845608028654) * (x + T.float32(0.044715) * x * x * x)
-    half = T.float32(0.5) * x
-    return half + half * tanh(inner)
+def sigmoid(x: Expr) -> Expr:
+    return float_math.sigmoid(_SCALAR, x)
 
 
 def silu(x: Expr) -> Expr:
-    return x * sigmoid(x)
+    return float_math.silu(_SCALAR, x)
+
+
+def gelu(x: Expr) -> Expr:
+    return float_math.gelu(_SCALAR, x)
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    return float_math.gelu_tanh(_SCALAR, x)
