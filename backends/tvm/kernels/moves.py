@@ -22,7 +22,7 @@ def cumsum(isa: Isa, lead: Sizes, count: int | str, inner: Sizes, dtype: str) ->
         def _(outer: Index) -> None:
             start = T.bind(outer * length * width)
             chunks(width, isa.lanes, lambda i, n: store(y, start + i, load(x, start + i, n), n))
-            with T.serial(1, length - 1) as k:
+            with T.serial(1, length) as k:
                 row = T.bind(start + k * width)
 
                 def add(i: Index, n: int) -> None:
