@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 
 from t3c_compile.passes.elastic import ElasticLayer
@@ -92,12 +94,22 @@ def elastic_calls(gm: GraphModule) -> Iterator[tuple[Node, ElasticLayer]]:
                 yield node, module
 
 
-def get_attr(gm: GraphModule, target: str) -> Any:
+def get_attr(gm: nn.Module, target: str) -> Any:
     """The parameter, buffer or module at a qualified name; None where there is none."""
     found: Any = gm
     for part in target.split("."):
         found = getattr(found, part, None)
     return found
+
+
+def add_call(like: Node, target: Any, *args: Any) -> Node:
+    """A call placed where the graph inserts, with the example value it gives and the place in the model of ``like``."""
+    node = like.graph.call_function(target, args)
+    node.meta = {key: value for key, value in like.meta.items() if key in ("nn_module_stack", "stack_trace")}
+    sources = node.all_input_nodes
+    if all("val" in source.meta for source in sources):
+        node.meta["val"] = target(*map_arg(args, lambda source: source.meta["val"]))
+    return node
 
 
 def erase_dead_attrs(gm: GraphModule) -> None:

@@ -1,45 +1,65 @@
-"""Find the linear and convolution nodes that can be elastic; refuse the others with the reason."""
+"""Find the linears, convolutions and embeddings that can be elastic; refuse the others with the reason."""
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from t3c_compile.passes.base import LayerRecord, Pass, get_attr, report_of
 from t3c_compile.passes.elastic.conv import ConvGeometry
+from t3c_compile.passes.normalize_conv import Geometry
+from t3c_compile.passes.parameter_view import ParameterView, overlap, parameter_view, readers, same_region
 
 aten = torch.ops.aten
 
-_NOT_DECOMPOSED = {
-    aten.conv1d.default: "1-d convolutions are not decomposed yet",
-    aten.conv1d.padding: "1-d convolutions are not decomposed yet",
-    aten.conv3d.default: "3-d convolutions are not decomposed yet",
-    aten.conv3d.padding: "3-d convolutions are not decomposed yet",
-    aten.conv_transpose1d.default: "transposed convolutions are not decomposed yet",
-    aten.conv_transpose2d.input: "transposed convolutions are not decomposed yet",
-    aten.conv_transpose3d.input: "transposed convolutions are not decomposed yet",
-    aten.embedding.default: "an embedding is a table look-up, not a product",
-    aten.lstm.input: "recurrent layers stay whole",
-    aten.gru.input: "recurrent layers stay whole",
+# Where the weight is among a node's arguments.
+_WEIGHT = {aten.linear.default: 1, aten.conv2d.default: 1, aten.conv2d.padding: 1, aten.embedding.default: 0}
+
+_RECURRENT = "a recurrent layer stays whole, in float"
+
+_PRODUCT = (
+    "the parameter is not a matrix that multiplies rows of activations (a batch of matrices, a vector, or scaled)"
+)
+
+_KEPT_WHOLE = {
+    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default), _PRODUCT),
+    **dict.fromkeys((aten.baddbmm.default, aten.einsum.default, aten.mv.default, aten.dot.default), _PRODUCT),
+    aten.conv1d.default: "a 1-d convolution stays whole until normalize-conv has written it as a 2-d one",
+    aten.conv1d.padding: "a 1-d convolution stays whole until normalize-conv has written it as a 2-d one",
+    aten.conv3d.default: "a 3-d convolution stays whole, in float, unless its kernel is 1x1x1 and its image size fixed",
+    aten.conv3d.padding: "a 3-d convolution stays whole, in float, unless its kernel is 1x1x1 and its image size fixed",
+    aten.convolution.default: "a transposed convolution stays whole, in float",
+    aten.conv_transpose1d.default: "a transposed convolution stays whole, in float",
+    aten.conv_transpose2d.input: "a transposed convolution stays whole, in float",
+    aten.conv_transpose3d.input: "a transposed convolution stays whole, in float",
+    aten.embedding_bag.default: "a bag of embeddings (sums of rows) stays whole, in float",
+    **dict.fromkeys((aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru.data), _RECURRENT),
+    **dict.fromkeys((aten.rnn_tanh.input, aten.rnn_relu.input, aten.rnn_tanh.data, aten.rnn_relu.data), _RECURRENT),
     aten.bilinear.default: "a bilinear product has two inputs",
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the decompose passes need to know of one node; kept in ``node.meta["t3c_candidate"]``."""
+    """What the decompose passes need to know of one node; kept in ``node.meta["t3c_candidate"]``.
+
+    ``kind`` is ``linear``, ``conv2d`` or ``table``; ``look_up`` marks the nodes that read rows of a table, the others
+    multiply by it. ``bias`` is None also where the layer cannot own the bias of its node, which is then added after it.
+    """
 
     layer: str
     kind: str
     form: str
-    weight: str
-    bias: str | None
+    weight: ParameterView
+    bias: ParameterView | None
     conv: ConvGeometry = field(default_factory=ConvGeometry)
     groups: int = 1
+    look_up: bool = False
+    padding_idx: int = -1
     reason: str = ""
 
 
@@ -64,64 +84,56 @@ class FindElasticLayers(Pass):
             raise self.fail(f"rank_multiple {self.rank_multiple} must be positive")
 
     def apply(self, gm: GraphModule) -> bool:
-        uses = Counter(
-            id(get_attr(gm, str(node.target))) for node in gm.graph.nodes if node.op == "get_attr" for _ in node.users
-        )
-        report = report_of(gm)
+        found: dict[Node, Candidate] = {}
         for node in gm.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target in (aten.linear.default, aten.conv2d.default, aten.conv2d.padding):
-                found = self._candidate(gm, node, uses)
-            elif node.target in _NOT_DECOMPOSED:
-                found = _NOT_DECOMPOSED[node.target]
+            if node.target in _WEIGHT:
+                result = self._candidate(gm, node)
+            elif node.target in _KEPT_WHOLE:
+                result = _KEPT_WHOLE[node.target]
+                if result is _PRODUCT and all(parameter_view(source) is None for source in node.all_input_nodes):
+                    continue  # of two activations
             else:
                 continue
-            if isinstance(found, str):
-                layer = layer_name(node)
-                report.kept[layer] = LayerRecord(layer, op_name(node), reason=found)
+            if isinstance(result, str):
+                _keep(gm, node, layer_name(node), result)
             else:
-                node.meta["t3c_candidate"] = found
+                found[node] = result
+        for node, candidate in join_shared(gm, found).items():
+            node.meta["t3c_candidate"] = candidate
         return False
 
-    def _candidate(self, gm: GraphModule, node: Node, uses: Counter[int]) -> Candidate | str:
-        weight_node, bias_node = node.args[1], node.args[2] if len(node.args) > 2 else None
-        if not isinstance(weight_node, Node) or weight_node.op != "get_attr":
+    def _candidate(self, gm: GraphModule, node: Node) -> Candidate | str:
+        view = parameter_view(node.args[_WEIGHT[node.target]])
+        if view is None:
             return "the weight is computed in the graph (parametrized or generated), not a parameter"
-        if isinstance(bias_node, Node) and bias_node.op != "get_attr":
-            return "the bias is computed in the graph, not a parameter"
-        weight = get_attr(gm, str(weight_node.target))
-        if not isinstance(weight, Tensor) or weight.dtype != torch.float32:
-            return f"the weight is {getattr(weight, 'dtype', type(weight).__name__)}, not float32"
-        if uses[id(weight)] > 1:
-            return f"the weight {weight_node.target} is shared by {uses[id(weight)]} nodes"
-        layer = elastic_name(str(weight_node.target))
+        weight = view.of(gm)
+        if weight.dtype != torch.float32:
+            return f"the weight is {weight.dtype}, not float32"
+        layer = elastic_name(view.target)
         for pattern in self.keep.split():
             if fnmatch(layer, pattern):
                 return f"kept by request (pattern {pattern!r})"
-        bias = str(bias_node.target) if isinstance(bias_node, Node) else None
+        if node.target == aten.embedding.default:
+            return _table(node, layer, view)
+        bias = parameter_view(node.args[2]) if len(node.args) > 2 else None
         if node.target == aten.linear.default:
             form, reason = self._linear_form(weight)
-            return Candidate(layer, "linear", form, str(weight_node.target), bias, reason=reason)
-        return self._conv_candidate(node, weight, layer, str(weight_node.target), bias)
+            return Candidate(layer, "linear", form, view, bias, reason=reason)
+        geometry = Geometry.of(node, 2)
+        pads = geometry.pads(weight.shape[2:])
+        if any(before != after for before, after in pads):
+            return f"padding={geometry.padding!r} differs before and after: run normalize-conv first"
+        conv = ConvGeometry(_pair(geometry.stride), (pads[0][0], pads[1][0]), _pair(geometry.dilation))
+        form, reason = self._conv_form(weight, geometry.groups, conv)
+        return Candidate(layer, "conv2d", form, view, bias, conv, geometry.groups, reason=reason)
 
     def _linear_form(self, weight: Tensor) -> tuple[str, str]:
         m, n = weight.shape
         if self.rank_multiple * (m + n) >= m * n:
             return "dense", f"rank {self.rank_multiple} already costs more than the dense product"
         return "svd", ""
-
-    def _conv_candidate(self, node: Node, weight: Tensor, layer: str, target: str, bias: str | None) -> Candidate | str:
-        stride, padding, dilation, groups = conv_arguments(node)
-        size = (weight.shape[2], weight.shape[3])
-        if isinstance(padding, str):
-            resolved = _resolve_padding(padding, size, dilation)
-            if resolved is None:
-                return f"padding={padding!r} of an even kernel {size} is not symmetric"
-            padding = resolved
-        conv = ConvGeometry(stride, padding, dilation)
-        form, reason = self._conv_form(weight, groups, conv)
-        return Candidate(layer, "conv2d", form, target, bias, conv, groups, reason)
 
     def _conv_form(self, weight: Tensor, groups: int, conv: ConvGeometry) -> tuple[str, str]:
         out, inner, kh, kw = weight.shape
@@ -135,23 +147,114 @@ class FindElasticLayers(Pass):
         return "svd" if pointwise else self.conv, ""
 
 
-def conv_arguments(node: Node) -> tuple[tuple[int, int], Any, tuple[int, int], int]:
-    """Stride, padding (a pair or a word), dilation and groups of an ATen conv2d node, defaults filled in."""
-    args: list[Any] = [*node.args[3:], *[None] * (7 - max(3, len(node.args)))]
-    padding = args[1] if isinstance(args[1], str) else _pair(args[1], 0)
-    return _pair(args[0], 1), padding, _pair(args[2], 1), int(args[3] or 1)
+def _table(node: Node, layer: str, view: ParameterView) -> Candidate | str:
+    padding_idx, scaled, sparse = [*node.args[2:], *(-1, False, False)[len(node.args) - 2 :]]
+    if scaled or sparse:
+        return "an embedding with scale_grad_by_freq or sparse gradients stays whole, in float"
+    reason = "a table of rows: kept whole, elastic in width"
+    return Candidate(layer, "table", "dense", view, None, look_up=True, padding_idx=int(padding_idx), reason=reason)  # type: ignore[call-overload]
 
 
-def _pair(value: Any, default: int) -> tuple[int, int]:
-    values = [default] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    return (int(values[0]), int(values[-1]))
+def _keep(gm: GraphModule, node: Node, layer: str, reason: str) -> None:
+    report_of(gm).kept[layer] = LayerRecord(layer, op_name(node), reason=reason)
 
 
-def _resolve_padding(word: str, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int] | None:
-    if word == "valid":
-        return (0, 0)
-    total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
-    return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def join_shared(gm: GraphModule, found: Mapping[Node, Candidate]) -> dict[Node, Candidate]:
+    """``found`` with the nodes that read one weight joined in one layer; those that cannot be are refused.
+
+    A weight that an embedding and linears share becomes a table, whole, so that rows and products read one stored
+    tensor; slices of one packed parameter become layers of their own.
+    """
+    reads: dict[int, list[tuple[Tensor, Node]]] = {}
+    for tensor, view, user in readers(gm):
+        node_view = parameter_view(view)
+        assert node_view is not None
+        reads.setdefault(tensor.untyped_storage().data_ptr(), []).append((node_view.of(gm), user))
+    weights = {node: candidate.weight.of(gm) for node, candidate in found.items()}
+    joined: dict[Node, Candidate] = {}
+    for node, candidate in found.items():
+        weight = weights[node]
+        others = [(part, user) for part, user in reads[weight.untyped_storage().data_ptr()] if overlap(part, weight)]
+        strangers = [user for part, user in others if user not in found or not same_region(weights[user], weight)]
+        readings = {user for _, user in others}
+        sharing = [other for other in found if other in readings]
+        reason = _refusal(candidate, [found[other] for other in sharing], strangers)
+        if reason:
+            _keep(gm, node, layer_name(node), reason)
+        else:
+            bias = _own_bias(gm, sharing, found, reads)
+            first = found[sharing[0]]
+            layer = _place(gm, first.layer + _part(weight, weights), first.weight, bias)
+            joined[node] = _as_one(candidate, [found[other] for other in sharing], bias, layer)
+    return joined
+
+
+def _refusal(mine: Candidate, sharing: list[Candidate], strangers: list[Node]) -> str:
+    if strangers:
+        names = ", ".join(sorted({f"{op_name(node)} ({node.name})" for node in strangers}))
+        return f"the weight {mine.weight.target} is also read by {names}"
+    tied = any(candidate.look_up for candidate in sharing)
+    if tied and any(candidate.kind == "conv2d" for candidate in sharing):
+        return f"the weight {mine.weight.target} is shared by an embedding and a convolution"
+    if not tied and len({(candidate.conv, candidate.groups) for candidate in sharing}) > 1:
+        return f"the weight {mine.weight.target} is shared by convolutions that differ in stride, padding or dilation"
+    return ""
+
+
+def _place(gm: GraphModule, layer: str, *owned: ParameterView | None) -> str:
+    """``layer``, or a name within it where the module there holds more than what the layer will own."""
+    module = get_attr(gm, layer)
+    if not isinstance(module, nn.Module):
+        return layer
+    own = {id(get_attr(gm, view.target)) for view in owned if view is not None}
+    held = [*module.parameters(), *module.buffers()]
+    return layer if all(id(tensor) in own for tensor in held) else f"{layer}.elastic"
+
+
+def _as_one(mine: Candidate, sharing: list[Candidate], bias: ParameterView | None, layer: str) -> Candidate:
+    """``mine`` as one call of the layer that all ``sharing`` are."""
+    one = replace(mine, layer=layer, weight=sharing[0].weight, bias=bias)
+    look_ups = [candidate for candidate in sharing if candidate.look_up]
+    if not look_ups:
+        return replace(one, reason=_joined(mine.reason, f"shared by {len(sharing)} calls" if len(sharing) > 1 else ""))
+    tied = "tied to a linear, which reads the same rows" if len(look_ups) < len(sharing) else ""
+    padding_idx = look_ups[0].padding_idx
+    return replace(one, kind="table", form="dense", padding_idx=padding_idx, reason=_joined(look_ups[0].reason, tied))
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def _part(weight: Tensor, weights: Mapping[Node, Tensor]) -> str:
+    """What tells the layer of one slice of a packed parameter from those of its other slices."""
+    storage = weight.untyped_storage().data_ptr()
+    starts = sorted({other.data_ptr() for other in weights.values() if other.untyped_storage().data_ptr() == storage})
+    return f"_{starts.index(weight.data_ptr())}" if len(starts) > 1 else ""
+
+
+def _own_bias(
+    gm: GraphModule,
+    sharing: list[Node],
+    found: Mapping[Node, Candidate],
+    reads: Mapping[int, list[tuple[Tensor, Node]]],
+) -> ParameterView | None:
+    """The one bias of the products in ``sharing``; None where there is none, or anything else reads it or differs."""
+    products = [node for node in sharing if not found[node].look_up]
+    biases = [found[node].bias for node in products]
+    if not biases or any(bias is None for bias in biases):
+        return None
+    values = [bias.of(gm) for bias in biases if bias is not None]
+    first = values[0]
+    parts = [(part, user) for part, user in reads[first.untyped_storage().data_ptr()] if overlap(part, first)]
+    own = all(same_region(value, first) for value in values) and all(
+        user in products and same_region(part, first) for part, user in parts
+    )
+    return biases[0] if own else None
 
 
 def elastic_name(weight: str) -> str:
@@ -164,8 +267,9 @@ def elastic_name(weight: str) -> str:
 def layer_name(node: Node) -> str:
     """The user's name for a node: its weight's owner, else its innermost module, else the node's own name."""
     for arg in node.args:
-        if isinstance(arg, Node) and arg.op == "get_attr" and str(arg.target).endswith("weight"):
-            return elastic_name(str(arg.target))
+        view = parameter_view(arg)
+        if view is not None and view.target.endswith("weight"):
+            return elastic_name(view.target)
     stack = node.meta.get("nn_module_stack") or {}
     names = [name for name, _ in stack.values() if name]
     return names[-1] if names else node.name

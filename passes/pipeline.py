@@ -17,13 +17,19 @@ from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.insert_hooks import InsertHooks
 from t3c_compile.passes.insert_quantizers import InsertQuantizers
+from t3c_compile.passes.normalize_conv import NormalizeConv
+from t3c_compile.passes.normalize_linear import NormalizeLinear
+from t3c_compile.passes.replace_table import ReplaceTable
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
+        NormalizeLinear,
+        NormalizeConv,
         FindElasticLayers,
         DecomposeLinear,
         DecomposeConv,
+        ReplaceTable,
         InsertQuantizers,
         InsertHooks,
         FoldBatchNorm,
@@ -82,7 +88,16 @@ class Pipeline:
 def default_pipeline(find: FindElasticLayers | None = None) -> Pipeline:
     """What ``transform`` runs after capture, in order; ``find`` carries the user's choices."""
     return Pipeline(
-        (find or FindElasticLayers(), DecomposeLinear(), DecomposeConv(), InsertQuantizers(), InsertHooks())
+        (
+            NormalizeLinear(),
+            NormalizeConv(),
+            find or FindElasticLayers(),
+            DecomposeLinear(),
+            DecomposeConv(),
+            ReplaceTable(),
+            InsertQuantizers(),
+            InsertHooks(),
+        )
     )
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from t3c_compile.passes.base import Pass, elastic_calls, erase_dead_attrs
-from t3c_compile.passes.elastic import DenseConv2d, DenseLinear, ElasticLayer, elastic_layers
+from t3c_compile.passes.elastic import DenseConv2d, DenseLinear, ElasticLayer, Table, elastic_layers
 from t3c_compile.passes.elastic.conv import SvdConv2d, ThreeFactorConv2d
-from t3c_compile.passes.elastic.layer import Activation
+from t3c_compile.passes.elastic.layer import Activation, of_call
 from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
@@ -23,7 +23,7 @@ t3c = torch.ops.t3c
 
 @dataclass(frozen=True)
 class Specialize(Pass):
-    """Replaces every elastic layer by ``t3c::quantize_int8`` and its deployed op at the layer's option.
+    """Replaces every elastic call by ``t3c::quantize_int8`` and its deployed op at the layer's option.
 
     ``options`` and ``activations`` (scale and zero point of ``x`` and the middles) are by layer name.
     ``store_ranks`` is the greatest rank any profile uses: factors are stored to that rank, so all profiles of one
@@ -74,24 +74,24 @@ class Specialize(Pass):
 
     def _replace(self, gm: GraphModule, node: Node, layer: ElasticLayer, stored: set[str]) -> None:
         name, option, graph = str(node.target), self.options[str(node.target)], gm.graph
-        activations = self.activations.get(name) or layer.activations()
         dense = as_dense(layer) if option.form == "dense" else layer
-        scale, zero_point = activations["x"]
-        values: dict[str, Any] = {
-            "x_scale": scale,
-            "x_zero_point": zero_point,
-            "rank": option.rank,
-            "bits": option.bits,
-        }
-        values |= {f"{middle}_scale": activations[middle][0] for middle in dense.middles}
-        values |= dense.geometry()
+        op, values = dense.op, {"rank": option.rank, "bits": option.bits, **dense.geometry()}
         with graph.inserting_before(node):
-            values["x"] = graph.call_function(t3c.quantize_int8.default, (node.args[0], scale, zero_point))
-            values["x"].meta = {k: v for k, v in node.meta.items() if k != "val"}
+            if isinstance(layer, Table) and "product" not in node.kwargs:
+                values["indices"] = node.args[0]
+            else:
+                op = layer.product_op if isinstance(layer, Table) else dense.op
+                activations = self.activations.get(name) or layer.activations()
+                number = int(node.kwargs.get("call", 0))  # type: ignore[call-overload]
+                scale, zero_point = activations[of_call("x", number)]
+                values |= {"x_scale": scale, "x_zero_point": zero_point}
+                values |= {f"{m}_scale": activations[of_call(m, number)][0] for m in dense.middles}
+                values["x"] = graph.call_function(t3c.quantize_int8.default, (node.args[0], scale, zero_point))
+                values["x"].meta = {k: v for k, v in node.meta.items() if k != "val"}
             for key in stored:
                 values[key] = graph.get_attr(f"{name}.{key}")
-            arguments = [argument.name for argument in dense.op._schema.arguments]
-            call = graph.call_function(dense.op, tuple(values.get(argument) for argument in arguments))
+            arguments = [argument.name for argument in op._schema.arguments]
+            call = graph.call_function(op, tuple(values.get(argument) for argument in arguments))
         call.meta = {**node.meta, "t3c_pass": self.name, "t3c_layer": name}
         node.replace_all_uses_with(call)
         graph.erase_node(node)
@@ -107,7 +107,7 @@ def as_dense(layer: ElasticLayer) -> ElasticLayer:
         dense: ElasticLayer = DenseConv2d(weight, layer.bias, layer.conv, groups=1)
     else:
         dense = DenseLinear(weight, layer.bias)
-    dense.rows_in, dense.rows_out = layer.rows_in, layer.rows_out
+    dense.rows_in, dense.rows_out, dense.calls = layer.rows_in, layer.rows_out, layer.calls
     dense.x_quant = layer.x_quant
     dense.add_gate()
     return dense.train(layer.training)

@@ -4,6 +4,7 @@ from t3c_compile.passes.elastic.conv import CpConv2d, DenseConv2d, SvdConv2d, Tu
 from t3c_compile.passes.elastic.layer import ElasticLayer, elastic_layers
 from t3c_compile.passes.elastic.linear import DenseLinear, SvdLinear
 from t3c_compile.passes.elastic.quantizer import ActivationQuantizer, Gate, Gates
+from t3c_compile.passes.elastic.table import Table
 
 __all__ = [
     "ActivationQuantizer",
@@ -15,6 +16,7 @@ __all__ = [
     "Gates",
     "SvdConv2d",
     "SvdLinear",
+    "Table",
     "Tucker2Conv2d",
     "elastic_layers",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from t3c_compile.passes.elastic.forms import TwoFactorLayer, WholeLayer, out_norm
 from t3c_compile.passes.elastic.layer import ElasticLayer
 from t3c_compile.passes.ops.nested import weight_scale
+from t3c_compile.passes.spectral_norm import matrix_norm
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class SvdConv2d(TwoFactorLayer):
         super().__init__(v, u, bias)
         self.conv = conv
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: int = 0) -> Tensor:
         u, mid = self._rounded_out(self.U)
         v = self._rounded(self.V, 1)[:, :, None, None]
-        h = self.conv.convolve(self._quantized("x", x), v) * mid[:, None, None]
-        h = self._quantized("h", self._masked(h, 1))
+        h = self.conv.convolve(self._quantized("x", x, call), v) * mid[:, None, None]
+        h = self._quantized("h", self._masked(h, 1), call)
         return F.conv2d(h, u[:, :, None, None], self.bias)
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
@@ -61,8 +62,8 @@ class DenseConv2d(WholeLayer):
         self.conv = conv
         self.groups = groups
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv.convolve(self._quantized("x", x), self._rounded(self.weight, (1, 2, 3)), self.groups)
+    def forward(self, x: Tensor, call: int = 0) -> Tensor:
+        y = self.conv.convolve(self._quantized("x", x, call), self._rounded(self.weight, (1, 2, 3)), self.groups)
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def geometry(self) -> dict[str, Any]:
@@ -88,12 +89,12 @@ class ThreeFactorConv2d(ElasticLayer):
     def _core_inner(self) -> tuple[int, ...]:
         return tuple(range(1, self.core.dim()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: int = 0) -> Tensor:
         u, out = self._rounded_out(self.U)
-        h = F.conv2d(self._quantized("x", x), self._rounded(self.V, 1)[:, :, None, None])
-        h = self._quantized("h", self._masked(h, 1))
+        h = F.conv2d(self._quantized("x", x, call), self._rounded(self.V, 1)[:, :, None, None])
+        h = self._quantized("h", self._masked(h, 1), call)
         g = self._spatial(h) * out[:, None, None]
-        g = self._quantized("g", self._masked(g, 1))
+        g = self._quantized("g", self._masked(g, 1), call)
         return F.conv2d(g, u[:, :, None, None], self.bias)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -113,9 +114,7 @@ class ThreeFactorConv2d(ElasticLayer):
         if middle == "g":
             return out_norm(self.U, rank)
         kernel = self.core.shape[-2] * self.core.shape[-1]
-        return float(torch.linalg.matrix_norm(self._core_matrix(rank) * kernel**0.5, ord=2)) * float(
-            torch.linalg.matrix_norm(self.U[:, :rank], ord=2)
-        )
+        return matrix_norm(self._core_matrix(rank)) * kernel**0.5 * matrix_norm(self.U[:, :rank])
 
     def _core_matrix(self, rank: int) -> Tensor:
         """The matrix whose norm, times the root of the kernel size, bounds the core's convolution at ``rank``."""

@@ -15,6 +15,11 @@ Activation = tuple[float, int]
 """Scale and zero point of one int8 tensor."""
 
 
+def of_call(tensor: str, call: int) -> str:
+    """The name of an int8 tensor of one call of a layer: ``x`` of the first, ``x.1`` of the second."""
+    return f"{tensor}.{call}" if call else tensor
+
+
 class ElasticLayer(nn.Module):
     """A linear or convolution kept as factors up to ``max_rank``, run at the gate's rank and bits.
 
@@ -32,8 +37,10 @@ class ElasticLayer(nn.Module):
     def __init__(self, max_rank: int, bias: Tensor | None) -> None:
         super().__init__()
         self.max_rank = max_rank
-        # Positions (tokens, pixels) of one sample at the input and the output; capture knows them.
+        # Positions (tokens, pixels) of one sample at the input and the output, over all calls; capture knows them.
         self.rows_in = self.rows_out = 1
+        # Products in one run of the model. Each has its own activation ranges; weights and gate are one.
+        self.calls = 1
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.gate: Gate | None = None
         self.x_quant: ActivationQuantizer | None = None
@@ -42,10 +49,18 @@ class ElasticLayer(nn.Module):
 
     # -- what the passes add ------------------------------------------------------------------------------------
 
+    def add_call(self, number: int, rows_in: int, rows_out: int) -> None:
+        """Product ``number`` of the model reads ``rows_in`` and gives ``rows_out`` positions; told twice, it is one."""
+        if number == 0:
+            self.rows_in, self.rows_out = rows_in, rows_out
+        elif number == self.calls:
+            self.rows_in, self.rows_out = self.rows_in + rows_in, self.rows_out + rows_out
+        self.calls = max(self.calls, number + 1)
+
     def add_quantizers(self) -> None:
-        self.x_quant = ActivationQuantizer(symmetric=False)
+        self.x_quant = ActivationQuantizer(symmetric=False, calls=self.calls)
         for middle in self.middles:
-            setattr(self, f"{middle}_quant", ActivationQuantizer(symmetric=True))
+            setattr(self, f"{middle}_quant", ActivationQuantizer(symmetric=True, calls=self.calls))
 
     def add_gate(self) -> None:
         self.gate = Gate(self.max_rank)
@@ -62,9 +77,9 @@ class ElasticLayer(nn.Module):
         mask = self.gate.mask[: h.shape[dim]]
         return h * (mask if dim == -1 else mask[:, None, None])
 
-    def _quantized(self, name: str, x: Tensor) -> Tensor:
+    def _quantized(self, name: str, x: Tensor, call: int) -> Tensor:
         quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
-        return x if quantizer is None else quantizer(x, self._bits())
+        return x if quantizer is None else quantizer(x, self._bits(), call)
 
     def _rounded(self, factor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """``factor`` as training sees it, one scale over ``dim``."""
@@ -83,7 +98,8 @@ class ElasticLayer(nn.Module):
 
     # -- what each form defines ---------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: int = 0) -> Tensor:
+        """``call`` says whose activation ranges these are where the model calls the layer several times."""
         raise NotImplementedError
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -150,21 +166,23 @@ class ElasticLayer(nn.Module):
         return tensor if name == "bias" else tensor[:rank]
 
     def activations(self) -> dict[str, Activation]:
-        """Scale and zero point of the input (``x``) and the middles, from the quantizers."""
+        """Scale and zero point of the input (``x``; ``x.1`` of the second call) and the middles, from the quantizers."""
         found: dict[str, Activation] = {}
         for name in ("x", *self.middles):
             quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
             if quantizer is None:
                 raise ValueError("the layer has no quantizers: run the insert-quantizers pass first")
-            found[name] = (float(quantizer.scale), int(quantizer.zero_point))
+            for call in range(self.calls):
+                found[of_call(name, call)] = (float(quantizer.scale[call]), int(quantizer.zero_point[call]))
         return found
 
     def set_activations(self, activations: dict[str, Activation]) -> None:
         """Put back what :meth:`activations` returned."""
-        for name, (scale, zero_point) in activations.items():
+        for key, (scale, zero_point) in activations.items():
+            name, _, call = key.partition(".")
             quantizer = getattr(self, f"{name}_quant")
-            quantizer.scale.fill_(scale)
-            quantizer.zero_point.fill_(zero_point)
+            quantizer.scale[int(call or 0)] = scale
+            quantizer.zero_point[int(call or 0)] = zero_point
 
     def extra_repr(self) -> str:
         return f"form={self.form}, max_rank={self.max_rank}"

@@ -12,10 +12,10 @@ class SvdLinear(TwoFactorLayer):
 
     op = torch.ops.t3c.svd_linear.default
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: int = 0) -> Tensor:
         u, mid = self._rounded_out(self.U)
-        h = F.linear(self._quantized("x", x), self._rounded(self.V, 1)) * mid
-        h = self._quantized("h", self._masked(h, -1))
+        h = F.linear(self._quantized("x", x, call), self._rounded(self.V, 1)) * mid
+        h = self._quantized("h", self._masked(h, -1), call)
         return F.linear(h, u, self.bias)
 
 
@@ -24,5 +24,5 @@ class DenseLinear(WholeLayer):
 
     op = torch.ops.t3c.int8_linear.default
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self._quantized("x", x), self._rounded(self.weight, 1), self.bias)
+    def forward(self, x: Tensor, call: int = 0) -> Tensor:
+        return F.linear(self._quantized("x", x, call), self._rounded(self.weight, 1), self.bias)

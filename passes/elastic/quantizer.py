@@ -41,8 +41,9 @@ class Gate(nn.Module):
 class ActivationQuantizer(nn.Module):
     """Per-tensor int8 fake quantization with a moving-average min/max observer.
 
-    In training mode the range follows the data; in eval mode ``scale`` and ``zero_point`` (0-d float32 buffers) are
-    used as they stand. ``symmetric`` fixes the zero point at 0 and the range at [-127, 127].
+    In training mode the range follows the data; in eval mode ``scale`` and ``zero_point`` (float32 buffers [calls], one
+    range for each call of the layer) are used as they stand. ``symmetric`` fixes the zero point at 0 and the range at
+    [-127, 127].
     """
 
     scale: Tensor
@@ -50,38 +51,41 @@ class ActivationQuantizer(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, symmetric: bool) -> None:
+    def __init__(self, symmetric: bool, calls: int = 1) -> None:
         super().__init__()
         self.symmetric = symmetric
-        self.register_buffer("scale", torch.tensor(1.0))
-        self.register_buffer("zero_point", torch.tensor(0.0))
-        self.register_buffer("low", torch.tensor(float("inf")))
-        self.register_buffer("high", torch.tensor(float("-inf")))
+        self.register_buffer("scale", torch.ones(calls))
+        self.register_buffer("zero_point", torch.zeros(calls))
+        self.register_buffer("low", torch.full((calls,), float("inf")))
+        self.register_buffer("high", torch.full((calls,), float("-inf")))
 
-    def forward(self, x: Tensor, bits: Tensor) -> Tensor:
-        scale, zero_point = self.scale, self.zero_point
+    def forward(self, x: Tensor, bits: Tensor, call: int = 0) -> Tensor:
         if self.training:
-            self._observe(x.detach())
+            self._observe(x.detach(), call)
+        scale, zero_point = self.scale[call], self.zero_point[call]
+        if self.training:
             # Copies: the next call moves the range, and the backward of this one needs its own.
             scale, zero_point = scale.clone(), zero_point.clone()
         quantized: Tensor = fake_quantize(x, scale, zero_point, bits, -127 if self.symmetric else -128)
         return quantized
 
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor, call: int) -> None:
         low, high = torch.aminmax(x)
-        first = torch.isinf(self.low)
-        self.low.copy_(torch.where(first, low, self.low + _MOMENTUM * (low - self.low)))
-        self.high.copy_(torch.where(first, high, self.high + _MOMENTUM * (high - self.high)))
-        self.set_range(self.low, self.high)
+        first = torch.isinf(self.low[call])
+        low = torch.where(first, low, self.low[call] + _MOMENTUM * (low - self.low[call]))
+        high = torch.where(first, high, self.high[call] + _MOMENTUM * (high - self.high[call]))
+        self.low[call], self.high[call] = low, high
+        self.set_range(low, high, call)
 
-    def set_range(self, low: Tensor, high: Tensor) -> None:
+    def set_range(self, low: Tensor, high: Tensor, call: int = 0) -> None:
         """Scale and zero point for values in [``low``, ``high``] (0-d tensors); zero is always representable."""
         if self.symmetric:
-            self.scale.copy_((torch.maximum(-low, high) / 127).clamp_min(1e-8))
+            self.scale[call] = (torch.maximum(-low, high) / 127).clamp_min(1e-8)
         else:
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-            self.scale.copy_(((high - low) / 255).clamp_min(1e-8))
-            self.zero_point.copy_(torch.clamp(torch.round(-128 - low / self.scale), -128, 127))
+            scale = ((high - low) / 255).clamp_min(1e-8)
+            self.scale[call] = scale
+            self.zero_point[call] = torch.clamp(torch.round(-128 - low / scale), -128, 127)
 
     def reset(self) -> None:
         """Forget the observed range; the next batch in training mode sets it anew."""

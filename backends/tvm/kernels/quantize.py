@@ -1,10 +1,10 @@
-"""``t3c::quantize_int8`` and ``t3c::dequantize_int8`` as tensor expressions, which fuse with their neighbours."""
+"""``quantize_int8``, ``dequantize_int8`` and ``int8_embedding`` as tensor expressions, which fuse with neighbours."""
 
 from tvm import te
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import float32
+from t3c_compile.backends.tvm.kernels.emit import float32, top_bits
 
 
 def quantize(x: te.Tensor, scale: float, zero_point: int) -> te.Tensor:
@@ -23,3 +23,14 @@ def dequantize(q: te.Tensor, scale: float, zero_point: int) -> te.Tensor:
     return te.compute(
         q.shape, lambda *i: (T.cast(q(*i), "float32") - T.float32(zero_point)) * float32(scale), name="dequantize"
     )
+
+
+def embedding(indices: te.Tensor, weight: te.Tensor, scale: te.Tensor, bits: int) -> te.Tensor:
+    """Rows of int8 ``weight`` [rows, n] in float32; an index out of range reads the first or last row."""
+    last = weight.shape[0] - 1
+
+    def element(*index: Expr) -> Expr:
+        row = T.max(T.min(indices(*index[:-1]), T.cast(last, indices.dtype)), T.cast(0, indices.dtype))
+        return T.cast(top_bits(weight(row, index[-1]), bits, 1), "float32") * scale(row)
+
+    return te.compute((*indices.shape, weight.shape[1]), element, name="embedding")
