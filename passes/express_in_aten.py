@@ -10,7 +10,8 @@ same as a pass over a graph. Weights stay int8 and are widened in the graph. Res
 For compilers that have no float64, ``float64=False`` sums in int32 instead, and writes the epilogue in float32 with its
 two roundings: outputs then differ in the last place and, where one lies on a tie, by an int8 step of the next layer.
 
-``weight_only_linear`` sums real numbers: it is equal as far as the library's float32 product is.
+``weight_only_linear`` and the float stages (:data:`FLOAT_OPS`) work on real numbers: their ATen ops are equal as far as
+the library's float32 functions are.
 """
 
 import math
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
-import t3c_compile.passes.ops  # noqa: F401  (registers the ops)
 from t3c_compile.passes.base import Pass, erase_dead_attrs, get_attr
+from t3c_compile.passes.ops import FLOAT_ATEN
 
 aten = torch.ops.aten
 t3c = torch.ops.t3c
@@ -48,9 +49,9 @@ def _first(tensor: Value, count: int, dim: int = 0) -> Value:
 
 
 def _top_bits(q: Value, bits: int) -> Value:
-    """``keep_top_bits`` of int8, in int8: 119 and half the widest step is 127."""
+    """``keep_top_bits`` of int8; in int32, which every compiler adds."""
     step = 2 ** (8 - bits)
-    return q if step == 1 else aten.bitwise_and.Scalar(aten.add.Scalar(q, step // 2), -step)
+    return q if step == 1 else aten.bitwise_and.Scalar(aten.add.Scalar(aten.to.dtype(q, torch.int32), step // 2), -step)
 
 
 def _centred(x: Value, zero_point: int) -> tuple[Value, int]:
@@ -77,6 +78,11 @@ def _dequantize_int8(q: Value, scale: float, zero_point: int) -> Value:
     return aten.mul.Scalar(_centred(q, zero_point)[0], scale)
 
 
+def _int8_embedding(indices: Value, weight: Value, scale: Value, bits: int) -> Value:
+    rows = _float32(_top_bits(aten.embedding.default(weight, indices), bits))
+    return aten.mul.Tensor(rows, aten.embedding.default(aten.unsqueeze.default(scale, -1), indices))
+
+
 @dataclass(frozen=True)
 class _Sums:
     """The ops that sum products; each takes what its op takes."""
@@ -84,7 +90,7 @@ class _Sums:
     float64: bool
 
     def _sums(self, product: Callable[[Value, Value], Value], x: Value, most: int, weight: Value) -> Value:
-        """``product(x, weight)`` of whole numbers as float32, rounded once; ``weight`` is int8 [O, ...]."""
+        """``product(x, weight)`` of whole numbers as float32, rounded once; ``weight`` is int8 or int32 [O, ...]."""
         wide = torch.float64 if self.float64 else torch.int32
         dtype = torch.float32 if most * _WEIGHT_MAX * math.prod(weight.shape[1:]) < _FLOAT32_EXACT else wide
         return _float32(product(aten.to.dtype(x, dtype), aten.to.dtype(weight, dtype)))
@@ -259,12 +265,14 @@ class _Sums:
 def decompositions(float64: bool = True) -> dict[torch._ops.OpOverload, Decomposition]:
     """Every deployment op and what it is in ATen; see the module's docstring for ``float64``.
 
-    Of their tensor arguments the functions read the shapes of the weights alone, so any input may be symbolic.
+    Of an int8 op's arguments the functions read the shapes of the weights alone, so any input may be symbolic.
     """
     sums = _Sums(float64)
     return {
+        **FLOAT_ATEN,
         t3c.quantize_int8.default: _quantize_int8,
         t3c.dequantize_int8.default: _dequantize_int8,
+        t3c.int8_embedding.default: _int8_embedding,
         t3c.int8_linear.default: sums.int8_linear,
         t3c.svd_linear.default: sums.svd_linear,
         t3c.weight_only_linear.default: sums.weight_only_linear,
@@ -276,13 +284,14 @@ def decompositions(float64: bool = True) -> dict[torch._ops.OpOverload, Decompos
 
 
 class _Value(fx.Proxy):
-    """A node as a decomposition sees it; one that follows from stored tensors alone has a shape."""
+    """A node as a decomposition sees it: it has a shape where it follows from stored tensors alone, or is known."""
 
     @property
     def shape(self) -> torch.Size:
         tracer = self.tracer
         assert isinstance(tracer, _Tracer)
-        return tracer.stored[self.node].shape
+        value: Tensor = tracer.stored[self.node] if self.node in tracer.stored else self.node.meta["val"]
+        return value.shape
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):

@@ -48,7 +48,7 @@ def _targets(graph: torch.fx.Graph) -> set[str]:
 
 
 def test_every_deployment_op_has_an_aten_form() -> None:
-    assert set(decompositions()) == {_op(name) for name in ops.DEPLOYMENT_OPS}
+    assert set(decompositions()) == {_op(name) for name in (*ops.DEPLOYMENT_OPS, *ops.FLOAT_OPS)}
 
 
 @pytest.mark.parametrize("name", ops.DEPLOYMENT_OPS)
@@ -68,6 +68,30 @@ def test_table_and_pass_with_a_free_batch(name: str) -> None:
     assert torch.equal(graph(x), expected)
     more = torch.cat([x, x])
     assert torch.equal(decomposed.module()(more), model(more))
+
+
+@pytest.mark.parametrize("name", ops.FLOAT_OPS)
+def test_float_stages_mean_what_aten_means(name: str) -> None:
+    """To 4e-6 of the largest: their references round in an order of their own."""
+    torch.manual_seed(0)
+    x, heads = torch.randn(4, 6, 20) * 3, torch.randn(4, 2, 6, 20)
+    args: dict[str, tuple[object, ...]] = {
+        "layer_norm_f32": (x, torch.rand(20), torch.randn(20), 1e-5),
+        "rms_norm_f32": (x, torch.rand(20), 1e-6),
+        "mean_f32": (x, [1], False),
+        "matmul_f32": (x, torch.randn(4, 20, 5)),
+        "attention_f32": (heads, torch.randn(4, 2, 7, 20), torch.randn(4, 2, 7, 20), None, False, 0.2),
+    }
+    first, *rest = args.get(name, (x,))
+    assert isinstance(first, Tensor)
+    model = _Call(name, *rest)
+    expected = model(first)
+    decomposed = torch.export.export(model, (first,)).run_decompositions(decompositions())
+    graph = _plain_graph(model, first)
+    assert ExpressInAten()(graph).modified
+    assert _targets(decomposed.graph) == {"aten"}
+    for found in (decomposed.module()(first), graph(first)):
+        assert float((found - expected).abs().max()) <= 4e-6 * float(expected.abs().max())
 
 
 def _int8(*shape: int, most: int = 119) -> Tensor:
