@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from t3c_compile.passes.base import get_attr, report_of
+from t3c_compile.passes.base import erase_dead_attrs, get_attr, report_of
 from t3c_compile.passes.errors import BadWeightsError, CaptureError
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor, tensors_are_finite
 from t3c_compile.passes.inline_regions import inline_regions
@@ -65,8 +65,11 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
         for name, module in model.named_modules():
             module.training = modes[name]
     _rename_clashes(evaluated, trained)
+    for captured in (evaluated, trained):
+        # What forward never reads would be a parameter without a gradient, which DDP does not allow.
+        erase_dead_attrs(captured)
     elastic = ElasticGraphModule(_Both(evaluated, trained), evaluated.graph, trained.graph)
-    elastic.meta["t3c_dynamic_shapes"] = shapes
+    elastic.meta["t3c_dynamic_shapes"] = _one_by_one(shapes, len(inputs))
     elastic.meta["t3c_two_rows"] = inputs is not example_inputs
     elastic.meta["t3c_batch_is_free"] = _batch_is_free(evaluated)
     elastic.meta["t3c_state"] = state_names(model)
@@ -80,6 +83,13 @@ def _batch_is_free(gm: GraphModule) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
     sizes = [value.shape[0] for value in tensors]
     return bool(sizes) and all(not isinstance(size, int) and size.node.maybe_as_int() is None for size in sizes)
+
+
+def _one_by_one(shapes: Any, inputs: int) -> Any:
+    """``shapes`` with those of ``*args`` one by one, as the captured graph takes them."""
+    if isinstance(shapes, tuple | list) and len(shapes) != inputs:
+        return (*shapes[:-1], *shapes[-1])
+    return shapes
 
 
 def _set_mode(model: nn.Module, training: bool) -> bool:

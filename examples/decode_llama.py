@@ -1,0 +1,112 @@
+"""Greedy decoding with a key-value cache on a lowered artifact: one graph is both the prefill and the decode step.
+
+The caches are inputs and outputs: keys and values of each layer, [batch, key-value heads, length, width];
+``position`` says where the new tokens go. Run from the repository's root: ``python -m examples.decode_llama``, with
+``--full`` for TinyLlama-1.1B's sizes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+
+from examples.models.language import llama_config, settled, transformers
+
+Run = Callable[..., Sequence[Any]]
+
+
+class GivenCache:
+    """What a transformers model asks of its cache, over tensors given from outside: nothing is changed in place."""
+
+    def __init__(self, tensors: Sequence[Tensor], places: Tensor) -> None:
+        self.tensors = list(tensors)
+        self.places = places
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of all places so far, the new ones written at ``places``."""
+        for i, new in ((2 * layer, keys), (2 * layer + 1, values)):
+            self.tensors[i] = self.tensors[i].index_copy(2, self.places, new)
+        return self.tensors[2 * layer], self.tensors[2 * layer + 1]
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention whose queries of one key-value head are rows of one product, so that no cache is repeated."""
+    batch, heads, tokens, width = query.shape
+    groups = heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], groups * tokens, width)
+    mask = attention_mask.repeat(1, 1, groups, 1)
+    y = F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
+    return y.reshape(batch, heads, tokens, width).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("grouped", grouped_attention)
+
+
+class Decoder(nn.Module):
+    """Token ids [batch, tokens], position [1] and caches in; logits of the last token [batch, words] and caches out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        places = position + torch.arange(input_ids.shape[1])
+        visible = torch.arange(caches[0].shape[2]) <= places[:, None]
+        cache = GivenCache(caches, places)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=visible[None, None],
+            position_ids=places[None],
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, 0], *cache.tensors
+
+
+def build(small: bool, **changes: Any) -> Decoder:
+    """A seeded decoder in eval mode; ``changes`` are of the model's configuration."""
+    torch.manual_seed(0)
+    config = llama_config(small, attn_implementation="grouped", **changes)
+    decoder = settled(Decoder(transformers.LlamaForCausalLM(config)))
+    assert isinstance(decoder, Decoder)
+    return decoder
+
+
+def empty_caches(decoder: Decoder, batch: int, length: int) -> list[Tensor]:
+    """Caches for ``length`` tokens."""
+    config = decoder.model.config
+    width = config.hidden_size // config.num_attention_heads
+    shape = (batch, config.num_key_value_heads, length, width)
+    return [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
+
+
+def inputs(decoder: Decoder, ids: Tensor, length: int) -> tuple[Tensor, ...]:
+    """What the first call takes for prompts ``ids`` [batch, tokens]."""
+    return ids, torch.zeros(1, dtype=torch.int64), *empty_caches(decoder, len(ids), length)
+
+
+def dynamic_shapes(decoder: Decoder, length: int) -> Any:
+    """Batch and number of new tokens free; as many tokens as the cache holds."""
+    batch, tokens = Dim("batch", max=64), Dim("tokens", max=length)
+    caches = 2 * decoder.model.config.num_hidden_layers
+    return {0: batch, 1: tokens}, {}, ({0: batch},) * caches
+
+
+def generate(run: Run, first: tuple[Any, ...], count: int) -> np.ndarray[Any, Any]:
+    """``count`` greedy tokens [batch, count] after the prompts in ``first``, which :func:`inputs` gives.
+
+    ``run`` is a session's, or a torch module: whatever takes and gives the tensors of ``Decoder.forward``.
+    """
+    ids, position, *caches = first
+    found = []
+    for _ in range(count):
+        logits, *caches = run(ids, position, *caches)
+        position, ids = position + ids.shape[1], logits.argmax(-1)[:, None]
+        found.append(np.asarray(ids))
+    return np.concatenate(found, 1)
