@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import tensorly
 import torch
-from tensorly.decomposition import parafac, partial_tucker
+from tensorly.decomposition import parafac
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from t3c_compile.passes.base import Pass
-from t3c_compile.passes.decompose_linear import svd_factors
 from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, SvdConv2d, Tucker2Conv2d
 from t3c_compile.passes.find_elastic_layers import Candidate
+from t3c_compile.passes.low_rank import left_basis, svd_factors
 from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
 
 _CP_BLOCK = 8
@@ -63,11 +63,9 @@ def tucker2_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The bases are those of the higher-order SVD (Tucker-2 at full rank), so a prefix of both is the truncated HOSVD.
     """
-    out, inner = weight.shape[:2]
-    rank = [min(out, inner * weight[0, 0].numel()), min(inner, out * weight[0, 0].numel())]
-    with tensorly.backend_context("pytorch"):
-        kernel = weight.detach().to(torch.float64)
-        (core, (u, v)), _ = partial_tucker(kernel, rank=rank, modes=[0, 1], init="svd", n_iter_max=1)
+    kernel = weight.detach()
+    u, v = left_basis(kernel.flatten(1)), left_basis(kernel.transpose(0, 1).flatten(1))
+    core = torch.einsum("oihw,or,is->rshw", kernel.to(torch.float64), u.to(torch.float64), v.to(torch.float64))
     return v.T.to(weight.dtype), core.to(weight.dtype), u.to(weight.dtype)
 
 

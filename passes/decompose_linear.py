@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from t3c_compile.passes.base import Pass
 from t3c_compile.passes.elastic import DenseLinear, SvdLinear
 from t3c_compile.passes.find_elastic_layers import Candidate
+from t3c_compile.passes.low_rank import svd_factors
 from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
 
 
@@ -35,20 +35,3 @@ class DecomposeLinear(Pass):
             return DenseLinear(weight, bias)
         v, u = svd_factors(weight, moments_of(gm, candidate.layer), self.damping)
         return SvdLinear(v, u, bias)
-
-
-def svd_factors(weight: Tensor, moment: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
-    """``V`` [R, n] and ``U`` [m, R] with ``U V`` equal to ``weight`` [m, n], R = min(m, n), sorted by energy.
-
-    ``moment`` [n, n] is the mean of ``x x^T`` over inputs. ``U`` has orthonormal columns (so that int8 noise of the
-    middle weighs the same on every component) and ``V = U^T W``, which is exact whatever ``U``'s basis.
-    """
-    w = weight.detach().to(torch.float64)
-    rank = min(w.shape)
-    scaled = w
-    if moment is not None:
-        c = moment.to(torch.float64)
-        c = c + damping * c.diagonal().mean().clamp_min(1e-12) * torch.eye(len(c), dtype=c.dtype)
-        scaled = w @ torch.linalg.cholesky(c)
-    u = torch.linalg.svd(scaled, full_matrices=False).U[:, :rank]
-    return (u.T @ w).to(weight.dtype), u.to(weight.dtype)
