@@ -1,6 +1,6 @@
 """Path gains: how much a unit error at a layer's output can move the logits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,12 +14,13 @@ from t3c_compile.passes.elastic import ElasticLayer
 from t3c_compile.passes.graph import ElasticGraphModule
 
 _EXACT_OUTPUTS = 32
-_PROBES = 16
+# Probes of one sample, and of all samples together where that leaves each enough.
+_PROBES, _LEAST_PROBES, _ALL_PROBES = 16, 4, 128
 
 
 @dataclass(frozen=True)
 class PathGains(Pass):
-    """Writes ``node.meta["t3c_gain"]`` of every elastic call and ``gm.meta["t3c_gains"]`` by layer.
+    """Writes ``node.meta["t3c_gain"]`` of every elastic call and ``gm.meta["t3c_gains"]``, one by call, by layer.
 
     ``calibration`` are input tuples, of which the first 32 samples are used. The gain is the greatest, over the
     samples, spectral norm of the Jacobian from the layer's output to the logits, measured by vector-Jacobian products:
@@ -44,16 +45,19 @@ class PathGains(Pass):
             gains |= {node: products[node] for node in missing}
         for node, gain in gains.items():
             node.meta["t3c_gain"] = gain
-        gm.meta["t3c_gains"] = {str(node.target): gain for node, gain in gains.items()}
+        by_layer: dict[str, list[float]] = {}
+        for node, _ in calls:
+            by_layer.setdefault(str(node.target), []).append(gains[node])
+        gm.meta["t3c_gains"] = by_layer
         return False
 
 
-def path_gains(model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> dict[str, float]:
-    """Gains of the evaluation graph at the present ranks, by layer."""
+def path_gains(model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> dict[str, list[float]]:
+    """Gains of the evaluation graph at the present ranks: by layer, of its calls in graph order."""
     training = model.training
     PathGains(calibration)(model.eval())
     model.train(training)
-    gains: dict[str, float] = model.meta["t3c_gains"]
+    gains: dict[str, list[float]] = model.meta["t3c_gains"]
     return gains
 
 
@@ -95,36 +99,46 @@ def measured_gains(gm: GraphModule, nodes: list[Node], calibration: Iterable[tup
     """Greatest Jacobian norm over the samples, for each node the gradient reaches."""
     generator = torch.Generator().manual_seed(0)
     gains: dict[Node, float] = {}
-    for inputs in samples_of(gm, calibration):
+    samples = samples_of(gm, calibration)
+    for inputs in samples:
         tap = _Tap(gm, nodes)
         with torch.enable_grad():
             logits = first_tensor(tap.run(*inputs)).flatten()
         found = list(tap.outputs)
-        grams = _jacobian_grams(logits, [tap.outputs[node] for node in found], generator)
-        for node, gram in zip(found, grams, strict=True):
-            if gram is not None:
-                square = torch.linalg.eigvalsh(gram)[-1] if len(logits) <= _EXACT_OUTPUTS else gram.diagonal().mean()
-                gains[node] = max(gains.get(node, 0.0), float(square.clamp_min(0).sqrt()))
+        outputs = [tap.outputs[node] for node in found]
+        if len(logits) <= _EXACT_OUTPUTS:
+            norms = _exact_norms(logits, outputs)
+        else:
+            probes = max(_LEAST_PROBES, min(_PROBES, _ALL_PROBES // len(samples)))
+            norms = _probed_norms(logits, outputs, torch.randn(probes, len(logits), generator=generator))
+        for node, norm in zip(found, norms, strict=True):
+            if norm is not None:
+                gains[node] = max(gains.get(node, 0.0), norm)
     return gains
 
 
-def _jacobian_grams(logits: Tensor, outputs: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:
-    """``P J J^T P^T`` [probes, probes] for every output, P the identity or Gaussian probes."""
-    size = len(logits)
-    probes = torch.eye(size) if size <= _EXACT_OUTPUTS else torch.randn(_PROBES, size, generator=generator)
-    rows: list[list[Tensor | None]] = [[] for _ in outputs]
+def _products(logits: Tensor, outputs: list[Tensor], probes: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
+    """``probe @ J`` of every output, probe by probe; None for an output that the gradient does not reach."""
     for probe in probes:
-        grads = torch.autograd.grad((logits @ probe).sum(), outputs, retain_graph=True, allow_unused=True)
-        for collected, grad in zip(rows, grads, strict=True):
-            collected.append(None if grad is None else grad.detach().flatten())
-    grams: list[Tensor | None] = []
-    for collected in rows:
-        if any(row is None for row in collected):
-            grams.append(None)
-        else:
-            jacobian = torch.stack([row for row in collected if row is not None])
-            grams.append(jacobian @ jacobian.T)
-    return grams
+        yield torch.autograd.grad((logits @ probe).sum(), outputs, retain_graph=True, allow_unused=True)
+
+
+def _exact_norms(logits: Tensor, outputs: list[Tensor]) -> list[float | None]:
+    """Spectral norm of the Jacobian from each output to the logits."""
+    rows = zip(*_products(logits, outputs, torch.eye(len(logits))), strict=True)
+    jacobians = [None if found[0] is None else torch.stack([row.flatten() for row in found]) for found in rows]
+    return [None if j is None else float(torch.linalg.eigvalsh(j @ j.T)[-1].clamp_min(0).sqrt()) for j in jacobians]
+
+
+def _probed_norms(logits: Tensor, outputs: list[Tensor], probes: Tensor) -> list[float | None]:
+    """Estimated Frobenius norm of the same; no row is kept, for they are as large as all activations together."""
+    squares: list[float | None] = [0.0 for _ in outputs]
+    for rows in _products(logits, outputs, probes):
+        squares = [
+            None if square is None or row is None else square + float(row.square().sum())
+            for square, row in zip(squares, rows, strict=True)
+        ]
+    return [None if square is None else (square / len(probes)) ** 0.5 for square in squares]
 
 
 def first_tensor(result: Any) -> Tensor:

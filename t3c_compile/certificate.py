@@ -2,8 +2,8 @@
 
 ``D = sum_l L_l (||W_l - W_l(option)|| a_l + rounding_l)`` (paper, section 3.4): ``L_l`` is the measured gain from the
 layer's output to the logits, ``a_l`` the root-mean-square input norm over calibration samples, and ``rounding_l``
-[ours] what int8 activations add. It is first order in the error, and sums layers as if they all pushed one way; that
-is what it assumes.
+[ours] what int8 activations add. A layer called several times has one term a call. It is first order in the error, and
+sums terms as if they all pushed one way; that is what it assumes.
 """
 
 import math
@@ -15,41 +15,50 @@ import torch
 from torch import Tensor, nn
 
 from t3c_compile.passes.elastic import ElasticLayer, Gates, elastic_layers
-from t3c_compile.passes.elastic.layer import Activation
+from t3c_compile.passes.elastic.layer import Activation, of_call
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.path_gains import kernel_factor, path_gains, samples_of
 from t3c_compile.passes.specialize import as_dense
+from t3c_compile.passes.spectral_norm import EXACT_SIDE, matrix_norm, spectral_norms
 
 _NORM_SAMPLES = 256
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
-    """What calibration says of one layer: gain to the logits, RMS input norm and numbers in one sample's input."""
+class CallStatistics:
+    """What calibration says of one call of a layer: gain to the logits, RMS input norm, numbers in one sample's input
+    and output. The input of a look-up in a table counts as one-hot rows."""
 
     gain: float
     input_norm: float
     input_size: int
+    output_size: int
+    look_up: bool
+    number: int
+    """Which of the layer's products it is."""
 
 
-def layer_statistics(model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> dict[str, LayerStatistics]:
-    """Measure every elastic layer on ``calibration`` (input tuples) at full rank and 32 bits."""
+def call_statistics(
+    model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]
+) -> dict[str, list[CallStatistics]]:
+    """Measure every call of every elastic layer on ``calibration`` (input tuples) at full rank and 32 bits."""
     training = model.training
     model.eval()
     model.set_full()
     gains = path_gains(model, calibration)
-    squares: dict[str, list[Tensor]] = {}
-    sizes: dict[str, int] = {}
+    seen: dict[str, list[tuple[Tensor, int, int, bool, int]]] = {}
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares.setdefault(name, []).append(inputs[0].detach().square().sum())
-            sizes[name] = inputs[0].numel()
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            (x,) = inputs
+            look_up = not x.is_floating_point()
+            square = torch.tensor(float(x.numel())) if look_up else x.detach().square().sum()
+            seen.setdefault(name, []).append((square, x.numel(), output.numel(), look_up, kwargs.get("call", 0)))
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in elastic_layers(model)]
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in elastic_layers(model)]
     try:
         with torch.no_grad():
             for inputs in samples_of(model, calibration, _NORM_SAMPLES):
@@ -58,8 +67,14 @@ def layer_statistics(model: ElasticGraphModule, calibration: Sequence[tuple[Any,
         for handle in handles:
             handle.remove()
         model.train(training)
-    norms = {name: math.sqrt(float(torch.stack(parts).mean())) for name, parts in squares.items()}
-    return {name: LayerStatistics(gains[name], norms[name], sizes[name]) for name in norms}
+    found: dict[str, list[CallStatistics]] = {}
+    for name, by_call in gains.items():
+        for index, gain in enumerate(by_call):
+            # Every sample runs the layer's calls in graph order.
+            samples = seen[name][index :: len(by_call)]
+            norm = math.sqrt(float(torch.stack([square for square, *_ in samples]).mean()))
+            found.setdefault(name, []).append(CallStatistics(gain, norm, *samples[-1][1:]))
+    return found
 
 
 class SpectralProxy:
@@ -71,7 +86,7 @@ class SpectralProxy:
 
     def __init__(self, model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> None:
         self.layers = dict(elastic_layers(model))
-        self.statistics = layer_statistics(model, calibration)
+        self.statistics = call_statistics(model, calibration)
         generator = torch.Generator().manual_seed(0)
         # The leading right singular vector of each error, kept between steps: one power iteration a step follows it.
         self._vectors = {
@@ -83,10 +98,18 @@ class SpectralProxy:
         """Weight part of the bound (0-d, in logit 2-norm), differentiable in masks and factors."""
         total = torch.zeros(())
         for name, (mask, bits) in gates.items():
-            statistics = self.statistics[name]
-            norm = self._error_norm(name, mask, bits)
-            total = total + statistics.gain * statistics.input_norm * norm
+            products, look_ups = self._weights(name)
+            if products:
+                total = total + products * self._error_norm(name, mask, bits)
+            if look_ups:
+                rounded = self.layers[name].rounded_factors(bits)["weight"]
+                total = total + look_ups * _greatest_row(self.layers[name].factors()["weight"][0] - rounded)
         return total
+
+    def _weights(self, name: str) -> tuple[float, float]:
+        """What one unit of weight error of a layer moves the logits by: in its products, and in its look-ups."""
+        parts = [(call.look_up, call.gain * call.input_norm) for call in self.statistics[name]]
+        return sum(part for look_up, part in parts if not look_up), sum(part for look_up, part in parts if look_up)
 
     def _error_norm(self, name: str, mask: Tensor, bits: Tensor) -> Tensor:
         layer = self.layers[name]
@@ -109,11 +132,15 @@ class SpectralProxy:
         return norm
 
     @torch.no_grad()
-    def layer_error(self, name: str, option: Option) -> float:
-        """Weight part of one layer's term of the bound at one option (exact spectral norm)."""
+    def layer_errors(self, name: str, options: Sequence[Option]) -> list[float]:
+        """Weight part of one layer's term of the bound at each of ``options``."""
         layer = self.layers[name]
-        statistics = self.statistics[name]
-        return statistics.gain * statistics.input_norm * error_norm(layer, option)
+        products, look_ups = self._weights(name)
+        errors = [products * norm for norm in error_norms(layer, options)] if products else [0.0] * len(options)
+        if look_ups:
+            rows = (float(_greatest_row(layer.dense_weight() - layer.dense_weight(option))) for option in options)
+            errors = [error + look_ups * row for error, row in zip(errors, rows, strict=True)]
+        return errors
 
     @torch.no_grad()
     def certify(
@@ -122,30 +149,71 @@ class SpectralProxy:
         """Bound of a profile by layer (logit 2-norm); their sum is the certificate."""
         bounds: dict[str, float] = {}
         for name, option in options.items():
-            rounding = self.statistics[name].gain * self._rounding(name, option, activations[name])
-            bounds[name] = self.layer_error(name, option) + rounding
+            bounds[name] = self.layer_errors(name, [option])[0] + self._rounding(name, option, activations[name])
         return bounds
 
     def _rounding(self, name: str, option: Option, activations: Mapping[str, Activation]) -> float:
-        """RMS norm that rounding input and middles adds at the layer's output (uniform error, variance s^2/12)."""
-        layer, statistics = self.layers[name], self.statistics[name]
+        """What rounding the inputs and middles of a layer's products adds to its bound.
+
+        RMS norm at the output of a uniform error (variance s^2/12), times the gain.
+        """
+        layer, calls = self.layers[name], [call for call in self.statistics[name] if not call.look_up]
+        if not calls:
+            return 0.0
         weight = layer.dense_weight(option) if option.form == layer.form else layer.dense_weight()
-        norm = float(torch.linalg.matrix_norm(weight.flatten(1), ord=2)) * kernel_factor(weight)
-        total = norm * activations["x"][0] * math.sqrt(statistics.input_size / 12)
-        if option.form != "dense":
-            for middle in layer.middles:
-                rows = layer.rows_in if len(layer.middles) == 2 and middle == "h" else layer.rows_out
-                noise = activations[middle][0] * math.sqrt(rows * min(option.rank, layer.max_rank) / 12)
-                total += noise * layer.middle_norm(middle, option.rank)
-        return total
+        norm = matrix_norm(weight.flatten(1)) * kernel_factor(weight)
+        middles = {m: layer.middle_norm(m, option.rank) for m in layer.middles} if option.form != "dense" else {}
+        bound = 0.0
+        for call in calls:
+            total = norm * activations[of_call("x", call.number)][0] * math.sqrt(call.input_size / 12)
+            for middle, middle_norm in middles.items():
+                first = len(middles) == 2 and middle == "h"
+                rows = call.input_size // weight.shape[1] if first else call.output_size // weight.shape[0]
+                noise = activations[of_call(middle, call.number)][0]
+                total += noise * math.sqrt(rows * min(option.rank, layer.max_rank) / 12) * middle_norm
+            bound += call.gain * total
+        return bound
+
+
+def _greatest_row(error: Tensor) -> Tensor:
+    """What one look-up may be wrong by, in 2-norm (0-d)."""
+    return error.norm(dim=1).amax()
 
 
 @torch.no_grad()
-def error_norm(layer: ElasticLayer, option: Option) -> float:
-    """``||W - W(option)||``: the spectral norm of the flattened error, times ``sqrt(kh kw)`` for kernels."""
-    layer = as_dense(layer) if option.form == "dense" else layer
-    error = layer.dense_weight() - layer.dense_weight(option)
-    return float(torch.linalg.matrix_norm(error.flatten(1), ord=2)) * kernel_factor(error)
+def error_norms(layer: ElasticLayer, options: Sequence[Option]) -> list[float]:
+    """``||W - W(option)||`` for each option: the spectral norm of the flattened error (at most 5% above it for large
+    layers, see :mod:`t3c_compile.passes.spectral_norm`), times ``sqrt(kh kw)`` for kernels.
+
+    Options of one width are taken together.
+    """
+    norms: dict[Option, float] = {}
+    for form, bits in {(option.form, option.bits) for option in options}:
+        source = as_dense(layer) if form == "dense" else layer
+        same = [option for option in options if (option.form, option.bits) == (form, bits)]
+        norms |= zip(same, _norms_at(source, same), strict=True)
+    return [norms[option] for option in options]
+
+
+def _norms_at(layer: ElasticLayer, options: list[Option]) -> list[float]:
+    """Error norms of options that differ in rank alone."""
+    shape = layer.dense_shape()
+    inputs = math.prod(shape[1:])
+    factor = math.sqrt(shape[2] * shape[3]) if len(shape) == 4 else 1.0
+    exact = {key: value for key, (value, _) in layer.factors().items()}
+    rounded = layer.rounded_factors(torch.tensor(float(options[0].bits)))
+    if min(shape[0], inputs) <= EXACT_SIDE:
+        full = layer.compose(exact, layer.max_rank)
+        errors = ((full - layer.compose(rounded, option.rank)).flatten(1) for option in options)
+        return [matrix_norm(error) * factor for error in errors]
+    places, ones = torch.arange(layer.max_rank), torch.ones(layer.max_rank)
+    masks = torch.stack([(places < option.rank).float() for option in options])
+
+    def error(x: Tensor, mask: Tensor) -> Tensor:
+        return layer.product(exact, x, ones) - layer.product(rounded, x, mask)
+
+    every = torch.func.vmap(error, in_dims=(1, 0), out_dims=1)
+    return [factor * norm for norm in spectral_norms(lambda x: every(x, masks), inputs, len(options)).tolist()]
 
 
 def observed_drift(full: Tensor, logits: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a layer costs, as sympy expressions in (rank, bits): printed in reports, lambdified for the budget loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from t3c_compile.backends.targets import Target
-from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, ElasticLayer, Tucker2Conv2d, elastic_layers
+from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, ElasticLayer, Table, Tucker2Conv2d, elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 
@@ -29,6 +29,8 @@ class LayerCost:
     weights: sympy.Expr
     vectors: sympy.Expr
     """float32 numbers beside the factors: scales and bias."""
+    read: float = 1.0
+    """The share of the bytes that one sample reads: all, but of a table with look-ups alone only a few rows."""
 
     @property
     def bytes(self) -> sympy.Expr:
@@ -53,7 +55,9 @@ def layer_cost(layer: ElasticLayer, form: str | None = None) -> LayerCost:
     bias = 0 if layer.bias is None else out
     if (form or layer.form) == "dense":
         numbers = out * inner // groups * kernel
-        return LayerCost(sympy.Integer(layer.rows_out * numbers), sympy.Integer(numbers), sympy.Integer(out + bias))
+        read = 0.0 if isinstance(layer, Table) and not layer.calls else 1.0
+        macs, vectors = sympy.Integer(layer.rows_out * numbers), sympy.Integer(out + bias)
+        return LayerCost(macs, sympy.Integer(numbers), vectors, read)
     if isinstance(layer, Tucker2Conv2d):
         ki, ko = sympy.Min(RANK, layer.V.shape[0]), sympy.Min(RANK, layer.U.shape[1])
         return LayerCost(
@@ -97,18 +101,26 @@ class Cost:
         )
 
 
-def roofline(macs: Any, size: Any, target: Target) -> Cost:
-    """Roofline estimate of one layer: the slower of arithmetic at peak and weights from memory; no overheads."""
+def roofline(macs: Any, size: Any, target: Target, read: float = 1.0) -> Cost:
+    """Roofline estimate of one layer: the slower of arithmetic at peak and weights from memory; no overheads.
+
+    ``read`` is the share of its ``size`` bytes that one sample reads.
+    """
     arithmetic = 2 * macs / (target.peak_gops * 1e9)
-    memory = size / (target.bandwidth_gbps * 1e9)
-    energy = (macs * _PJ_PER_MAC + size * _PJ_PER_BYTE) * 1e-9
+    memory = size * read / (target.bandwidth_gbps * 1e9)
+    energy = (macs * _PJ_PER_MAC + size * read * _PJ_PER_BYTE) * 1e-9
     return Cost(size, 1e3 * max(arithmetic, memory), energy)
 
 
-def option_cost(layer: ElasticLayer, option: Option, target: Target) -> Cost:
-    """Roofline cost of one layer at one option."""
-    macs, size = layer_cost(layer, option.form).at(option.rank, option.bits)
-    return roofline(float(macs), float(size), target)
+def option_costs(layer: ElasticLayer, options: Sequence[Option], target: Target) -> list[Cost]:
+    """Roofline cost of one layer at each of ``options``."""
+    formulas = {form: layer_cost(layer, form) for form in {option.form for option in options}}
+    costs = []
+    for option in options:
+        formula = formulas[option.form]
+        macs, size = formula.at(option.rank, option.bits)
+        costs.append(roofline(float(macs), float(size), target, formula.read))
+    return costs
 
 
 def kept_bytes(elastic: ElasticGraphModule) -> int:
@@ -121,7 +133,7 @@ def profile_cost(elastic: ElasticGraphModule, options: Mapping[str, Option], tar
     """Roofline cost of a profile: its layers and the parameters every profile carries."""
     total = Cost(kept_bytes(elastic), 0.0, 0.0)
     for name, layer in elastic_layers(elastic):
-        total = total + option_cost(layer, options[name], target)
+        total = total + option_costs(layer, [options[name]], target)[0]
     return total
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from t3c_compile.backends.targets import Target
 from t3c_compile.certificate import SpectralProxy, observed_drift
 from t3c_compile.chain import Grid, chains
-from t3c_compile.cost import option_cost, profile_cost
+from t3c_compile.cost import Cost, kept_bytes, option_costs, profile_cost
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -99,8 +99,10 @@ def _greedy_path(
 ) -> list[Levels]:
     """From all-least to all-greatest, one upgrade a step, from a table of errors and costs."""
     layers = dict(elastic_layers(model))
-    errors = {name: [proxy.layer_error(name, option) for option in chain] for name, chain in ladder.items()}
-    costs = {name: [_scalar_cost(layers[name], option, target) for option in chain] for name, chain in ladder.items()}
+    errors = {name: proxy.layer_errors(name, chain) for name, chain in ladder.items()}
+    costs = {
+        name: [_scalar(cost, target) for cost in option_costs(layers[name], ladder[name], target)] for name in ladder
+    }
 
     def worth(name: str, level: int) -> float:
         saved = errors[name][level] - errors[name][level + 1]
@@ -135,9 +137,8 @@ def _level_of(option: Option, chain: tuple[Option, ...]) -> int:
     return fitting[-1] if fitting else 0
 
 
-def _scalar_cost(layer: Any, option: Option, target: Target) -> float:
+def _scalar(cost: Cost, target: Target) -> float:
     """One number to divide by: microseconds of arithmetic or memory at the roofline, plus the bytes at memory speed."""
-    cost = option_cost(layer, option, target)
     return 1e3 * cost.latency_ms + cost.size_bytes / (target.bandwidth_gbps * 1e3)
 
 
@@ -149,10 +150,9 @@ def _spread(
     count: int,
 ) -> list[Levels]:
     """``count`` points of the path, evenly spaced in the logarithm of size, ends included."""
-    sizes = [
-        profile_cost(model, {name: ladder[name][level] for name, level in levels.items()}, target).size_bytes
-        for levels in path
-    ]
+    layers, kept = dict(elastic_layers(model)), kept_bytes(model)
+    costs = {name: [cost.size_bytes for cost in option_costs(layers[name], ladder[name], target)] for name in ladder}
+    sizes = [kept + sum(costs[name][level] for name, level in levels.items()) for levels in path]
     ratio = sizes[-1] / sizes[0]
     wanted = [sizes[0] * ratio ** (step / max(1, count - 1)) for step in range(count)]
     chosen = sorted({min(range(len(path)), key=lambda i: abs(sizes[i] - w)) for w in wanted})

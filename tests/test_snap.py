@@ -9,7 +9,7 @@ from nets import NETS, conv_net, mlp, parameter_bytes
 from torch import Tensor
 
 from t3c_compile.backends.targets import get_target
-from t3c_compile.certificate import SpectralProxy, error_norm, observed_drift
+from t3c_compile.certificate import SpectralProxy, error_norms, observed_drift
 from t3c_compile.chain import Grid, chains, paying_ranks
 from t3c_compile.cost import dense_int8_bytes, layer_cost, profile_cost
 from t3c_compile.passes.elastic import elastic_layers
@@ -197,7 +197,7 @@ def test_training_drift_converges_to_the_exact_bound_and_differentiates(conv: st
     }
     for _ in range(60):
         drift = proxy.drift(gates)
-    exact = sum(proxy.layer_error(name, option) for name, option in options.items())
+    exact = sum(proxy.layer_errors(name, [option])[0] for name, option in options.items())
     assert float(drift) == pytest.approx(exact, rel=0.02)
     drift.backward()
     assert all(mask.grad.abs().sum() > 0 for mask, _ in gates.values() if len(mask))
@@ -217,7 +217,7 @@ def test_error_norm_bounds_the_convolution(shape: tuple[int, ...]) -> None:
     error = (layer.dense_weight() - layer.dense_weight(option)).detach()
     basis = torch.eye(shape[1] * 25).reshape(-1, shape[1], 5, 5)
     norm = float(torch.linalg.matrix_norm(conv.convolve(basis, error).flatten(1), ord=2))
-    assert norm <= error_norm(layer, option) <= 3.1 * norm
+    assert norm <= error_norms(layer, [option])[0] <= 3.1 * norm
 
 
 def test_observe_sets_ranges_from_the_data() -> None:

@@ -56,6 +56,7 @@ class DenseConv2d(WholeLayer):
     """A convolution elastic in width only; grouped and depthwise included."""
 
     op = torch.ops.t3c.int8_conv2d.default
+    float_op = torch.ops.aten.conv2d.default
 
     def __init__(self, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, groups: int) -> None:
         super().__init__(weight, bias)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from t3c_compile.passes.elastic.layer import ElasticLayer
 from t3c_compile.passes.ops.nested import weight_scale
+from t3c_compile.passes.spectral_norm import matrix_norm
 
 
 class TwoFactorLayer(ElasticLayer):
@@ -66,4 +67,4 @@ class WholeLayer(ElasticLayer):
 @torch.no_grad()
 def out_norm(u: Tensor, rank: int) -> float:
     """Norm of the last factor [m, R] at ``rank`` as the deployed op sees it: each component in units of its scale."""
-    return float(torch.linalg.matrix_norm((u / weight_scale(u, 0))[:, :rank], ord=2))
+    return matrix_norm((u / weight_scale(u, 0))[:, :rank])
