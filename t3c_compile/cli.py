@@ -13,7 +13,7 @@ from t3c_compile.manifest import ArtifactError, read_manifest
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.show import show, summarize_options
 
-_MODEL_HELP = "package.module:callable, a .pt2 file, or a t3c checkpoint"
+_MODEL_HELP = "package.module:callable, a .pt2 or .onnx file, or a t3c checkpoint"
 _DATA_HELP = "package.module:callable returning batches of (*inputs, labels)"
 
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=name)
         return command
 
     c = add("transform", _transform, "make a model elastic and write a t3c checkpoint")
@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
     c.add_argument("-o", "--output", required=True, help="artifact to write, such as MODEL.t3c")
 
+    c = add("export", _export, "snap a model to profiles and write each as a file for other runtimes")
+    _add_model(c)
+    c.add_argument("--format", choices=("onnx",), default="onnx", help="what to write (default onnx)")
+    c.add_argument("--target", action="append", help="whose ranks and widths profiles have (default x86_64)")
+    c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
+    c.add_argument("-o", "--output", required=True, help="folder to write, such as MODEL-onnx")
+
     c = add("run", _run, "run an artifact on .npy inputs")
     c.add_argument("artifact")
     c.add_argument("inputs", nargs="*", help=".npy files; random inputs where none is given")
@@ -71,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--target", help="which of the artifact's targets")
     c.add_argument("-o", "--output", help=".npy file for the first output")
 
-    c = add("inspect", _inspect, "show the profiles of an artifact")
+    c = add("inspect", _inspect, "show the profiles of an artifact or of an exported folder")
     c.add_argument("artifact")
 
     add("targets", _targets, "list the targets")
@@ -145,11 +152,31 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _lower(arguments: argparse.Namespace) -> None:
+    from t3c_compile.artifact import lower
+
     targets = [get_target(name) for name in arguments.target]
     output = _writable(arguments.output)
+    checkpoint, profiles = _snap(arguments, targets)
+    progress = sys.stderr.isatty()
+    lower(checkpoint.model, profiles, targets, output, checkpoint.example_inputs, progress=progress)
+    _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from t3c_compile.backends.onnx import export_onnx, require_onnx
+
+    require_onnx()
+    targets = [get_target(name) for name in arguments.target or ["x86_64"]]
+    output = _writable(arguments.output)
+    checkpoint, profiles = _snap(arguments, targets)
+    export_onnx(checkpoint.model, profiles.profiles, output, checkpoint.example_inputs)
+    _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
+
+
+def _snap(arguments: argparse.Namespace, targets: list[Any]) -> tuple[Any, Any]:
+    """The checkpoint a command names, and its profiles."""
     if arguments.data is None:
-        raise T3CError(f"lower needs --data to calibrate activations and certificates: {_DATA_HELP}")
-    from t3c_compile.artifact import lower
+        raise T3CError(f"{arguments.command} needs --data to calibrate activations and certificates: {_DATA_HELP}")
     from t3c_compile.loading import calibration_of
     from t3c_compile.snapping import snap
 
@@ -159,10 +186,9 @@ def _lower(arguments: argparse.Namespace) -> None:
     profiles = snap(
         checkpoint.model, calibration, targets, labels, checkpoint.controller, arguments.profiles, progress=progress
     )
-    lower(checkpoint.model, profiles, targets, output, checkpoint.example_inputs, progress=progress)
     for note in () if arguments.json else profiles.notes:
         print(note)
-    _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
+    return checkpoint, profiles
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -199,6 +225,9 @@ def _random_inputs(inputs: list[dict[str, Any]]) -> list[Any]:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    if any(Path(arguments.artifact).glob("*.onnx")):
+        _inspect_onnx(arguments)
+        return
     manifest = read_manifest(Path(arguments.artifact))
     rows = []
     for target, entry in manifest["targets"].items():
@@ -208,6 +237,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
             row |= {"latency_source": cost["source"].partition(":")[0].partition(" ")[0]}
             row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
             rows.append(row | {"certificate": profile["certificate"]["bound"]})
+    show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
+
+
+def _inspect_onnx(arguments: argparse.Namespace) -> None:
+    from t3c_compile.backends.onnx import read_profiles
+
+    rows = []
+    for file, profile in read_profiles(arguments.artifact).items():
+        row = {"file": file, **summarize_options(profile["options"]), "size_kb": profile["size_bytes"] / 1e3}
+        row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
+        rows.append(row | {"certificate": profile["certificate"]["bound"]})
     show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
 
 

@@ -2,17 +2,17 @@
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from t3c_compile.backends.whole_folder import whole_folder
 from t3c_compile.passes.capture import two_rows
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
-from t3c_compile.passes.ops import DEPLOYMENT_OPS
+from t3c_compile.passes.ops import DEPLOYMENT_OPS, FLOAT_ATEN
 from t3c_compile.passes.specialize import specialize, store_ranks
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def export_onnx(
 
     The files are of opset 21: int8 layers in QDQ form, INT4 initializers where a layer has 4 bits, the rest as
     ``torch.onnx`` writes it. Sizes that are free in the captured graph are free in the file; that of the first input's
-    dimension 0 is named ``batch``. Each file's metadata holds its profile as JSON. One profile is in memory at a time and
-    weights are written as they come, so models may be larger than protobuf's 2 GB.
+    dimension 0 is named ``batch``. Each file's metadata holds its profile as JSON. One profile is in memory at a time
+    and weights are written as they come, so models may be larger than protobuf's 2 GB.
 
     Args:
         profiles: some or all of one profile set, from least to greatest.
@@ -48,46 +48,37 @@ def export_onnx(
     Raises:
         OnnxExportError: the ``onnx`` extra is not installed, a stage has no ONNX form, or ``path`` cannot be written.
     """
-    _require_onnx()
+    require_onnx()
     import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     from t3c_compile.backends.onnx.qdq import Expansion
     from t3c_compile.backends.onnx.shared_data import SharedData
 
-    final = Path(path)
-    _require_place(final)
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir()
-        ranks = store_ranks(model, [profile.options for profile in profiles])
-        with SharedData(temporary / WEIGHTS) as data:
-            # The greatest first: the others are made of its first rows.
-            for profile in reversed(profiles):
-                graph = specialize(model, profile.options, profile.activations, ranks)
-                translated = _translated(model, graph, example_inputs, profile.name)
-                Expansion(translated, data).run()
-                # The exporter notes where in the user's files each node came from.
-                ClearMetadataAndDocStringPass()(translated)
-                translated.metadata_props[_PROFILE] = json.dumps(profile.to_json())
-                onnx_ir.save(translated, temporary / f"{profile.name}.onnx")
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except OSError as error:
-        raise OnnxExportError(f"cannot write {final}: {error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
+    ranks = store_ranks(model, [profile.options for profile in profiles])
+    with (
+        whole_folder(path, (".onnx", Path(WEIGHTS).suffix), OnnxExportError) as folder,
+        SharedData(folder / WEIGHTS) as data,
+    ):
+        # The greatest first: the others are made of its first rows.
+        for profile in reversed(profiles):
+            graph = specialize(model, profile.options, profile.activations, ranks)
+            translated = _translated(model, graph, example_inputs, profile.name)
+            Expansion(translated, data).run()
+            # The exporter notes where in the user's files each node came from.
+            ClearMetadataAndDocStringPass()(translated)
+            translated.metadata_props[_PROFILE] = json.dumps(profile.to_json())
+            onnx_ir.save(translated, folder / f"{profile.name}.onnx")
+    return Path(path)
 
 
 def read_profiles(path: str | os.PathLike[str]) -> "dict[str, dict[str, Any]]":
-    """What ``path``, a folder that :func:`export_onnx` wrote, holds: each file's profile as ``Profile.to_json`` gives it.
+    """The profiles in ``path``, a folder that :func:`export_onnx` wrote: by file, as ``Profile.to_json`` gives them.
 
     Raises:
         OnnxExportError: the ``onnx`` extra is not installed, or the folder holds something else.
     """
-    _require_onnx()
+    require_onnx()
     import onnx
 
     found: dict[str, dict[str, Any]] = {}
@@ -99,7 +90,8 @@ def read_profiles(path: str | os.PathLike[str]) -> "dict[str, dict[str, Any]]":
     return found
 
 
-def _require_onnx() -> None:
+def require_onnx() -> None:
+    """Raises :class:`OnnxExportError` where the ``onnx`` extra is not installed."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -107,17 +99,6 @@ def _require_onnx() -> None:
         raise OnnxExportError(
             f"ONNX needs packages that are not installed ({error}): pip install 't3c-compile[onnx]'"
         ) from error
-
-
-def _require_place(final: Path) -> None:
-    """Refuse to replace anything but an earlier export."""
-    if not final.absolute().parent.is_dir():
-        raise OnnxExportError(f"{final.parent} is not a folder: make it first, or choose another output")
-    if final.exists() and not final.is_dir():
-        raise OnnxExportError(f"{final} is a file: choose another output, a folder is written")
-    for file in final.iterdir() if final.exists() else ():
-        if file.suffix != ".onnx" and file.name != WEIGHTS:
-            raise OnnxExportError(f"{final} holds other files ({file.name}): choose another output")
 
 
 def _translated(
@@ -131,6 +112,7 @@ def _translated(
     kept = translations(getattr(torch.ops.t3c, op).default for op in DEPLOYMENT_OPS)
     try:
         program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
+        program = program.run_decompositions(dict(FLOAT_ATEN))
         exported = torch.onnx.export(
             program, opset_version=_OPSET, dynamo=True, custom_translation_table=kept, verbose=False
         )

@@ -1,13 +1,13 @@
 """Expand the ``t3c::`` nodes of an ONNX model into standard ops: int8 weights and activations in QDQ form.
 
-A product of int8 tensors is a float MatMul or Conv with DequantizeLinear on both inputs, and QuantizeLinear behind it where
-the result is a middle: the form in which ONNX Runtime, TensorRT and others find their int8 kernels. A component's scale
-is the DequantizeLinear scale of its channel.
+A product of int8 tensors is a float MatMul or Conv with DequantizeLinear on both inputs, and QuantizeLinear behind it
+where the result is a middle: the form in which ONNX Runtime, TensorRT and others find their int8 kernels. A component's
+scale is the DequantizeLinear scale of its channel.
 
 Weights keep the store's layout, and what brings them into the operator's (transposition, the cut of a core's columns,
 rounding to fewer bits) are nodes on constants, which runtimes fold when they load. So profiles at 5 to 8 bits read the
-same int8 bytes. 4-bit weights are INT4 initializers of their own, half the size; they go through a Cast to int8, because
-ONNX Runtime has no integer kernel behind a DequantizeLinear of INT4 (it multiplies in float32, 4 times slower).
+same int8 bytes. 4-bit weights are INT4 initializers of their own, half the size; they go through a Cast to int8,
+because ONNX Runtime has no integer kernel behind a DequantizeLinear of INT4 (it multiplies in float32, 4 times slower).
 
 Two things differ from the meaning of the ops: QuantizeLinear divides by the scale where they multiply by its
 reciprocal, and it clamps middles at -128 where they clamp at -127. Either moves a value by one int8 step.
@@ -74,6 +74,11 @@ class Expansion:
     def weight_only_linear(self, x: Value, weight: Value, scale: Value, bias: Value | None, bits: int) -> Value:
         y = self._matmul(x, self._transposed(self._weight(weight, bits)), self._scale(scale, bits))
         return self._plus(y, bias, flat=False)
+
+    def int8_embedding(self, indices: Value, weight: Value, scale: Value, bits: int) -> Value:
+        rows = self._op("Cast", self._op("Gather", self._weight(weight, bits), indices, axis=0), to=ir.DataType.FLOAT)
+        scales = self._op("Gather", self._scale(scale, bits), indices, axis=0)
+        return self._op("Mul", rows, self._op("Unsqueeze", scales, self._integers([-1])))
 
     def svd_linear(
         self,
@@ -226,8 +231,8 @@ class Expansion:
         )
 
     def _plus(self, y: Value, bias: Value | None, flat: bool) -> Value:
-        """A matrix product and its bias. Of a ``flat`` (two-dimensional) MatMul and an Add ONNX Runtime makes a Gemm, for
-        which it has no int8 kernel with float outputs; a Sum it leaves alone."""
+        """A matrix product and its bias. Of a ``flat`` (two-dimensional) MatMul and an Add ONNX Runtime makes a Gemm,
+        which it runs in float32; a Sum it leaves alone, and the MatMul is int8."""
         return y if bias is None else self._op("Sum" if flat else "Add", y, bias)
 
     def _biased(self, y: Value, bias: Value | None, x_scale: float, gain: Value | None) -> Value:
@@ -258,7 +263,7 @@ class Expansion:
     # -- constants --------------------------------------------------------------------------------------------------
 
     def _weight(self, value: Value, bits: int, rows: int | None = None) -> Value:
-        """The first ``rows`` of an int8 factor as int8 at width ``bits``: in steps of 1, and at 4 bits divided by 16."""
+        """The first ``rows`` of an int8 factor at width ``bits``, as int8; at 4 bits divided by 16."""
         array = _array(value)[:rows]
         if bits == 4:
             narrow = ((array.astype(np.int16) + 8) >> 4).astype(np.int8)

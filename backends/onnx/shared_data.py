@@ -1,4 +1,4 @@
-"""The one file of weights that all profiles read: a tensor, or the first rows of one already there, is not written again.
+"""The one file of weights that all profiles read: a tensor, or first rows of one already there, is not written twice.
 
 ONNX gives an external tensor an offset and a length, so a profile's factors can be the first bytes of a greater
 profile's. What is stored already is compared with the file itself; nothing is assumed to be nested.
