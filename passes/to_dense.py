@@ -48,7 +48,8 @@ def to_dense(
     names: dict[str, str] = elastic.meta["t3c_state"]
     with unsharded(elastic):
         held = {name: tensor.detach().clone() for name, tensor in elastic.state_dict(keep_vars=True).items()}
-        held |= _multiplied_out(elastic, held, options)
+        # The last of two entries counts below: what elastic layers stand for.
+        held = held | _multiplied_out(elastic, held, options)
     by_first = {names[name]: tensor for name, tensor in held.items() if name in names}
     dense = {name: by_first[first] for name, first in names.items() if first in by_first}
     if model is not None:
