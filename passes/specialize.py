@@ -1,12 +1,12 @@
 """Specialize: the elastic graph at one profile becomes a plain graph of ``t3c::`` ops."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from t3c_compile.passes.base import Pass, elastic_calls, erase_dead_attrs
@@ -14,7 +14,7 @@ from t3c_compile.passes.elastic import DenseConv2d, DenseLinear, ElasticLayer, T
 from t3c_compile.passes.elastic.conv import SvdConv2d, ThreeFactorConv2d
 from t3c_compile.passes.elastic.layer import Activation, of_call
 from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
-from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.graph import ElasticGraphModule, place_tensor
 from t3c_compile.passes.option import Option
 
 aten = torch.ops.aten
@@ -24,6 +24,9 @@ t3c = torch.ops.t3c
 @dataclass(frozen=True)
 class Specialize(Pass):
     """Replaces every elastic call by ``t3c::quantize_int8`` and its deployed op at the layer's option.
+
+    A layer at 32 bits, which is at full rank, becomes the float32 product it stands for; its dense weight is stored as
+    ``float_weight``, beside the integers of other profiles.
 
     ``options`` and ``activations`` (scale and zero point of ``x`` and the middles) are by layer name.
     ``store_ranks`` is the greatest rank any profile uses: factors are stored to that rank, so all profiles of one
@@ -45,53 +48,62 @@ class Specialize(Pass):
                 raise self.fail(f"layer {name}: option {option} does not fit an elastic layer of form {layer.form}")
             if option.rank > self.store_ranks.get(name, layer.max_rank):
                 raise self.fail(f"layer {name}: rank {option.rank} is beyond the stored rank")
-            if option.bits == 32:
-                raise self.fail(f"layer {name}: 32 bits is the training graph's; a profile has 4 to 8 bits")
+            if option.bits == 32 and option.form != "dense" and option.rank < layer.max_rank:
+                raise self.fail(f"layer {name}: 32 bits is for full rank, {layer.max_rank}; {option} has 4 to 8 bits")
 
     def apply(self, gm: GraphModule) -> bool:
-        calls = list(elastic_calls(gm))
-        stored: dict[str, set[str]] = {}
-        for node, layer in calls:
-            name = str(node.target)
-            if name not in stored:
-                stored[name] = self._put_store(gm, name, layer)
-        for node, layer in calls:
-            self._replace(gm, node, layer, stored[str(node.target)])
+        calls: dict[str, list[Node]] = {}
+        for node, _ in elastic_calls(gm):
+            calls.setdefault(str(node.target), []).append(node)
+        for name, nodes in calls.items():
+            option, layer = self.options[name], gm.get_submodule(name)
+            assert isinstance(layer, ElasticLayer)
+            deployed = as_dense(layer) if option.form == "dense" or option.bits == 32 else layer
+            stored = self._put_store(gm, name, deployed)
+            for node in nodes:
+                self._replace(gm, node, deployed, stored)
         _drop_dropout(gm)
         _merge_quantizers(gm)
         erase_dead_attrs(gm)
         gm.graph.eliminate_dead_code()
         return True
 
-    def _put_store(self, gm: GraphModule, name: str, layer: ElasticLayer) -> set[str]:
-        layer = as_dense(layer) if self.options[name].form == "dense" else layer
+    def _put_store(self, gm: GraphModule, name: str, layer: ElasticLayer) -> dict[str, str]:
+        """Put the layer's tensors in its place; their qualified names by argument of the deployed op."""
         holder = nn.Module()
-        tensors = layer.store(self.store_ranks.get(name, layer.max_rank))
+        if self.options[name].bits == 32:
+            tensors = {"float_weight": layer.dense_weight()}
+            if layer.bias is not None:
+                tensors["bias"] = layer.bias.detach().clone()
+        else:
+            tensors = layer.store(self.store_ranks.get(name, layer.max_rank))
         for key, tensor in tensors.items():
-            holder.register_buffer(key, tensor)
+            holder.register_buffer(key, tensor.detach())
         gm.add_submodule(name, holder)
-        return set(tensors)
+        return {key.removeprefix("float_"): f"{name}.{key}" for key in tensors}
 
-    def _replace(self, gm: GraphModule, node: Node, layer: ElasticLayer, stored: set[str]) -> None:
+    def _replace(self, gm: GraphModule, node: Node, layer: ElasticLayer, stored: Mapping[str, str]) -> None:
         name, option, graph = str(node.target), self.options[str(node.target)], gm.graph
-        dense = as_dense(layer) if option.form == "dense" else layer
-        op, values = dense.op, {"rank": option.rank, "bits": option.bits, **dense.geometry()}
+        op, values = layer.op, {"rank": option.rank, "bits": option.bits, **layer.geometry()}
+        look_up = isinstance(layer, Table) and "product" not in node.kwargs
         with graph.inserting_before(node):
-            if isinstance(layer, Table) and "product" not in node.kwargs:
+            if look_up:
+                op = aten.embedding.default if option.bits == 32 else layer.op
                 values["indices"] = node.args[0]
+            elif option.bits == 32:
+                op, values["input"] = layer.float_op, node.args[0]
             else:
-                op = layer.product_op if isinstance(layer, Table) else dense.op
+                op = layer.product_op if isinstance(layer, Table) else layer.op
                 activations = self.activations.get(name) or layer.activations()
                 number = int(node.kwargs.get("call", 0))  # type: ignore[call-overload]
                 scale, zero_point = activations[of_call("x", number)]
                 values |= {"x_scale": scale, "x_zero_point": zero_point}
-                values |= {f"{m}_scale": activations[of_call(m, number)][0] for m in dense.middles}
+                values |= {f"{m}_scale": activations[of_call(m, number)][0] for m in layer.middles}
                 values["x"] = graph.call_function(t3c.quantize_int8.default, (node.args[0], scale, zero_point))
                 values["x"].meta = {k: v for k, v in node.meta.items() if k != "val"}
-            for key in stored:
-                values[key] = graph.get_attr(f"{name}.{key}")
-            arguments = [argument.name for argument in op._schema.arguments]
-            call = graph.call_function(op, tuple(values.get(argument) for argument in arguments))
+            values |= {argument: graph.get_attr(target) for argument, target in stored.items()}
+            arguments = tuple(values.get(a.name, a.default_value) for a in op._schema.arguments)
+            call = graph.call_function(op, arguments)
         call.meta = {**node.meta, "t3c_pass": self.name, "t3c_layer": name}
         node.replace_all_uses_with(call)
         graph.erase_node(node)
@@ -131,12 +143,16 @@ def specialize(
 
     Its state_dict is the weight store (int8 factors to ``store_ranks``, float32 scales and biases, kept parameters).
     """
-    root = copy.deepcopy(model).eval()
+    # Structure alone is copied; a model's tensors may be gigabytes, and few of them stay.
+    tensors = [*model.parameters(), *model.buffers()]
+    root = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
     gm = GraphModule(root, root.eval_graph)
+    del root
     Specialize(options, activations or {}, store_ranks or {})(gm)
     FoldBatchNorm()(gm)
     gm.delete_all_unused_submodules()
     _drop_unused_tensors(gm)
+    _copy_shared(gm, {tensor.data_ptr() for tensor in tensors})
     return gm.eval()
 
 
@@ -171,3 +187,15 @@ def _drop_unused_tensors(gm: GraphModule) -> None:
         if name not in used:
             owner, _, leaf = name.rpartition(".")
             delattr(gm.get_submodule(owner), leaf)
+
+
+def _copy_shared(gm: GraphModule, shared: Container[int]) -> None:
+    """Give ``gm`` copies of its tensors whose memory is at one of the addresses ``shared``; tied ones stay tied."""
+    copies: dict[int, Tensor] = {}
+    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if tensor.data_ptr() in shared:
+            if id(tensor) not in copies:
+                copied = tensor.detach().clone()
+                copies[id(tensor)] = nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
+            place_tensor(gm, name, copies[id(tensor)])

@@ -146,10 +146,11 @@ class SpectralProxy:
     def certify(
         self, options: Mapping[str, Option], activations: Mapping[str, Mapping[str, Activation]]
     ) -> dict[str, float]:
-        """Bound of a profile by layer (logit 2-norm); their sum is the certificate."""
-        bounds: dict[str, float] = {}
+        """Bound of a profile by layer (logit 2-norm); their sum is the certificate. A layer at 32 bits adds nothing."""
+        bounds = dict.fromkeys(options, 0.0)
         for name, option in options.items():
-            bounds[name] = self.layer_errors(name, [option])[0] + self._rounding(name, option, activations[name])
+            if option.bits != 32:
+                bounds[name] = self.layer_errors(name, [option])[0] + self._rounding(name, option, activations[name])
         return bounds
 
     def _rounding(self, name: str, option: Option, activations: Mapping[str, Activation]) -> float:

@@ -113,11 +113,12 @@ def roofline(macs: Any, size: Any, target: Target, read: float = 1.0) -> Cost:
 
 
 def option_costs(layer: ElasticLayer, options: Sequence[Option], target: Target) -> list[Cost]:
-    """Roofline cost of one layer at each of ``options``."""
-    formulas = {form: layer_cost(layer, form) for form in {option.form for option in options}}
+    """Roofline cost of one layer at each of ``options``; at 32 bits it is deployed dense."""
+    forms = ["dense" if option.bits == 32 else option.form for option in options]
+    formulas = {form: layer_cost(layer, form) for form in set(forms)}
     costs = []
-    for option in options:
-        formula = formulas[option.form]
+    for option, form in zip(options, forms, strict=True):
+        formula = formulas[form]
         macs, size = formula.at(option.rank, option.bits)
         costs.append(roofline(float(macs), float(size), target, formula.read))
     return costs

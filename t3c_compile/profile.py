@@ -68,8 +68,9 @@ class ProfileSet:
                     )
 
     def store_ranks(self) -> dict[str, int]:
-        """The rank each layer is stored to: its greatest."""
-        return {layer: option.rank for layer, option in self.profiles[-1].options.items()}
+        """The rank each layer's factors are stored to: its greatest; a layer at 32 bits is stored dense."""
+        stored = [item for profile in self.profiles for item in profile.options.items() if item[1].bits != 32]
+        return {layer: option.rank for layer, option in stored}
 
     def to_json(self) -> dict[str, Any]:
         return {"profiles": [p.to_json() for p in self.profiles], "order": self.order, "notes": self.notes}

@@ -53,6 +53,7 @@ def snap(
     labels: Tensor | None = None,
     controller: OrderedPolicy | None = None,
     count: int = 8,
+    full_model: bool = False,
     progress: bool = False,
 ) -> ProfileSet:
     """Nested profiles of ``model`` on the grid its targets share.
@@ -65,6 +66,7 @@ def snap(
     Args:
         calibration: input tuples, also used to set each profile's activation ranges.
         labels: class indices of all calibration samples in order, for accuracy.
+        full_model: add the full model in float32 as the greatest profile. Its weights are stored beside the integers.
     """
     if not calibration:
         raise T3CError("snap needs calibration inputs: a few hundred samples of real data")
@@ -83,15 +85,26 @@ def snap(
     full = _logits(model, calibration)
     profiles: list[Profile] = []
     with Progress(disable=not progress, transient=True) as bar:
-        for levels in bar.track(points, description="snap"):
-            options = {name: ladder[name][level] for name, level in levels.items()}
+        chosen = [{name: ladder[name][level] for name, level in levels.items()} for levels in points]
+        if full_model:
+            chosen.append(_full_options(model, ladder))
+        for options in bar.track(chosen, description="snap"):
             profiles.append(_measure(model, options, calibration, full, labels, proxy, targets))
     model.set_full()
     model.train(training)
-    kept, notes = drop_dominated(profiles)
+    kept, notes = drop_dominated(profiles[: len(points)])
+    kept += profiles[len(points) :]
     for index, profile in enumerate(kept):
         profile.name = f"p{index}"
     return ProfileSet(kept, order, notes)
+
+
+def _full_options(model: ElasticGraphModule, ladder: Mapping[str, tuple[Option, ...]]) -> dict[str, Option]:
+    forms = {name: chain[0].form for name, chain in ladder.items()}
+    return {
+        name: Option(forms[name], 0 if forms[name] == "dense" else layer.max_rank, 32)
+        for name, layer in elastic_layers(model)
+    }
 
 
 def _greedy_path(

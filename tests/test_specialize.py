@@ -102,12 +102,31 @@ def test_a_profile_that_does_not_fit_is_refused() -> None:
     for bad, message in (
         (Option("cp", 8, 8), "layer wide: option cp r8 w8 does not fit an elastic layer of form tucker2"),
         (Option("tucker2", 40, 8), "layer wide: rank 40 is beyond the stored rank"),
-        (Option("tucker2", 8, 32), "layer wide: 32 bits is the training graph's"),
+        (Option("tucker2", 8, 32), "layer wide: 32 bits is for full rank, 32"),
     ):
         with pytest.raises(PassConditionError, match=message):
             specialize(elastic, {**good, "wide": bad})
     with pytest.raises(ValueError, match="bits 3 must be 4 to 8"):
         Option("svd", 8, 3)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_at_32_bits_it_is_the_float_model(name: str) -> None:
+    """Whole, and with one layer in int8 beside; the elastic model keeps tensors of its own."""
+    model, inputs = NETS[name]()
+    elastic = transform(model, inputs)
+    full = {n: Option(layer.form, layer.max_rank, 32) for n, layer in elastic_layers(elastic)}
+    graph = specialize(elastic, full)
+    assert not any("t3c" in str(node.target) for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+    last = list(full)[-1]
+    mixed = specialize(elastic, {**full, last: Option(full[last].form, full[last].rank, 8)})
+    assert sum(node.target == torch.ops.t3c.quantize_int8.default for node in mixed.graph.nodes) == 1
+    torch.testing.assert_close(mixed(*inputs), model(*inputs), rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        for tensor in (*graph.parameters(), *graph.buffers(), *mixed.parameters(), *mixed.buffers()):
+            tensor.zero_()
+    torch.testing.assert_close(elastic(*inputs), model(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_every_profile_reexports() -> None:

@@ -31,6 +31,8 @@ class ElasticLayer(nn.Module):
     form: ClassVar[str]
     op: ClassVar[Any]
     """The ``t3c::`` op this layer becomes when specialized."""
+    float_op: ClassVar[Any] = None
+    """The ATen op it becomes at 32 bits; dense layers have one."""
     middles: ClassVar[tuple[str, ...]] = ()
     """Names of the int8 tensors between factors: ``h``, then ``g``."""
 

@@ -23,6 +23,7 @@ class DenseLinear(WholeLayer):
     """A linear elastic in width only: ``y = W x + b`` with ``W`` [m, n]."""
 
     op = torch.ops.t3c.int8_linear.default
+    float_op = torch.ops.aten.linear.default
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
         return F.linear(self._quantized("x", x, call), self._rounded(self.weight, 1), self.bias)
