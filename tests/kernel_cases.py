@@ -186,10 +186,9 @@ class _Maker:
             x.reshape(-1)[40:42] = 1e30, -1e30
             q = _op("quantize_int8", x, scale, zero_point)
             back = _op("dequantize_int8", q.numpy(), scale, zero_point)  # type: ignore[attr-defined]
-            self.add([x], q, _expression(quantize.quantize, shape, "float32", scale, zero_point), "quantize")
-            self.add(
-                [q.numpy()], back, _expression(quantize.dequantize, shape, "int8", scale, zero_point), "dequantize"
-            )  # type: ignore[attr-defined]
+            to_int8, to_float = _numbers(1 / scale, zero_point), _numbers(scale, zero_point)
+            self.add([x, to_int8], q, _expression(quantize.quantize, shape, "float32"), "quantize")
+            self.add([q.numpy(), to_float], back, _expression(quantize.dequantize, shape, "int8"), "dequantize")  # type: ignore[attr-defined]
 
     def int8_linear(self, rows: int, inputs: int, outputs: int, bits: int, zero_point: int) -> None:
         from t3c_compile.backends.tvm.kernels import linear, pack
@@ -295,17 +294,15 @@ class _Maker:
         self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
 
 
-def _expression(
-    function: Callable[..., object], shape: tuple[int, ...], dtype: str, *numbers: float
-) -> Callable[..., object]:
-    """A kernel of one tensor expression, scheduled as the build schedules it."""
+def _expression(function: Callable[..., object], shape: tuple[int, ...], dtype: str) -> Callable[..., object]:
+    """A kernel of one tensor expression with its scale and zero point, scheduled as the build schedules it."""
     from tvm import te
 
     from t3c_compile.backends.tvm.default_schedule import schedule_default
 
     def kernel(isa: object) -> object:
-        x = te.placeholder(shape, dtype, name="x")
-        return schedule_default(te.create_prim_func([x, function(x, *numbers)]), isa.lanes)  # type: ignore[attr-defined]
+        x, numbers = te.placeholder(shape, dtype, name="x"), te.placeholder((2,), "float32", name="numbers")
+        return schedule_default(te.create_prim_func([x, numbers, function(x, numbers)]), isa.lanes)  # type: ignore[attr-defined]
 
     return kernel
 

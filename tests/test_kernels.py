@@ -108,11 +108,12 @@ def test_kernels_on_arm64(arm64: ModuleType, target: str, cpu: str, tmp_path: Pa
 def test_elementwise_code_is_vectorized(function: str) -> None:
     """No call to libm an element, and arithmetic on whole vectors."""
     x = te.placeholder((3, 64, 768), "float32", name="x")
+    numbers = te.placeholder((2,), "float32", name="numbers")
     if function == "quantize":
-        y = quantize.quantize(x, 0.1, 3)
+        arguments = [x, numbers, quantize.quantize(x, numbers)]
     else:
-        y = te.compute(x.shape, lambda *i: getattr(vmath, function)(x(*i)))
-    kernel = schedule_default(te.create_prim_func([x, y]), 8).with_attr("global_symbol", "f")
+        arguments = [x, te.compute(x.shape, lambda *i: getattr(vmath, function)(x(*i)))]
+    kernel = schedule_default(te.create_prim_func(arguments), 8).with_attr("global_symbol", "f")
     assembly = compile_module({"f": kernel}, get_target("x86_64-v3")).inspect_source("asm")
     body = assembly[assembly.index("f_compute_") :]
     assert "%ymm" in body

@@ -153,11 +153,11 @@ def dims(shape: list[Any]) -> tuple[int | str, ...]:
 
 
 def _quantize(lower: Lowering, a: Arguments) -> relax.Var:
-    return lower.expression(quantize.quantize, lower.value(a["x"]), a["scale"], a["zero_point"])
+    return lower.expression(quantize.quantize, lower.value(a["x"]), _numbers(1 / a["scale"], a["zero_point"]))
 
 
 def _dequantize(lower: Lowering, a: Arguments) -> relax.Var:
-    return lower.expression(quantize.dequantize, lower.value(a["q"]), a["scale"], a["zero_point"])
+    return lower.expression(quantize.dequantize, lower.value(a["q"]), _numbers(a["scale"], a["zero_point"]))
 
 
 def _numbers(*values: float) -> relax.Expr:

@@ -4,25 +4,26 @@ from tvm import te
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import float32, top_bits
+from t3c_compile.backends.tvm.kernels.emit import top_bits
 
 
-def quantize(x: te.Tensor, scale: float, zero_point: int) -> te.Tensor:
-    """float32 to int8: ``clamp(rint(x * float32(1 / scale)) + zero_point, -128, 127)``."""
+def quantize(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
+    """float32 to int8: ``clamp(rint(x * numbers[0]) + numbers[1], -128, 127)``.
+
+    ``numbers``: float32 1 / scale and zero point, an argument so that layers and profiles of one shape share a kernel.
+    """
 
     def element(*index: Expr) -> Expr:
-        q = T.nearbyint(x(*index) * float32(1.0 / scale)) + T.float32(zero_point)
+        q = T.nearbyint(x(*index) * numbers(0)) + numbers(1)
         # Clamping before the cast keeps huge inputs defined; by way of int32 the cast vectorizes.
         return T.cast(T.cast(T.max(T.min(q, T.float32(127)), T.float32(-128)), "int32"), "int8")
 
     return te.compute(x.shape, element, name="quantize")
 
 
-def dequantize(q: te.Tensor, scale: float, zero_point: int) -> te.Tensor:
-    """int8 to float32: ``(q - zero_point) * scale``."""
-    return te.compute(
-        q.shape, lambda *i: (T.cast(q(*i), "float32") - T.float32(zero_point)) * float32(scale), name="dequantize"
-    )
+def dequantize(q: te.Tensor, numbers: te.Tensor) -> te.Tensor:
+    """int8 to float32: ``(q - numbers[1]) * numbers[0]``; ``numbers``: float32 scale and zero point."""
+    return te.compute(q.shape, lambda *i: (T.cast(q(*i), "float32") - numbers(1)) * numbers(0), name="dequantize")
 
 
 def embedding(indices: te.Tensor, weight: te.Tensor, scale: te.Tensor, bits: int) -> te.Tensor:
