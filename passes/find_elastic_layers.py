@@ -25,17 +25,18 @@ _PRODUCT = (
     "the parameter is not a matrix that multiplies rows of activations (a batch of matrices, a vector, or scaled)"
 )
 
+_COMPUTED = "the weight is computed in the graph (parametrized or generated), not a parameter"
+_CONV1D = "a 1-d convolution stays whole until normalize-conv has written it as a 2-d one"
+_CONV3D = "a 3-d convolution stays whole, in float, unless its kernel is 1x1x1 and its image size fixed"
+_TRANSPOSED = "a transposed convolution stays whole, in float"
+
 _KEPT_WHOLE = {
     **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default), _PRODUCT),
     **dict.fromkeys((aten.baddbmm.default, aten.einsum.default, aten.mv.default, aten.dot.default), _PRODUCT),
-    aten.conv1d.default: "a 1-d convolution stays whole until normalize-conv has written it as a 2-d one",
-    aten.conv1d.padding: "a 1-d convolution stays whole until normalize-conv has written it as a 2-d one",
-    aten.conv3d.default: "a 3-d convolution stays whole, in float, unless its kernel is 1x1x1 and its image size fixed",
-    aten.conv3d.padding: "a 3-d convolution stays whole, in float, unless its kernel is 1x1x1 and its image size fixed",
-    aten.convolution.default: "a transposed convolution stays whole, in float",
-    aten.conv_transpose1d.default: "a transposed convolution stays whole, in float",
-    aten.conv_transpose2d.input: "a transposed convolution stays whole, in float",
-    aten.conv_transpose3d.input: "a transposed convolution stays whole, in float",
+    **dict.fromkeys((aten.conv1d.default, aten.conv1d.padding), _CONV1D),
+    **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), _CONV3D),
+    **dict.fromkeys((aten.convolution.default, aten.conv_transpose1d.default), _TRANSPOSED),
+    **dict.fromkeys((aten.conv_transpose2d.input, aten.conv_transpose3d.input), _TRANSPOSED),
     aten.embedding_bag.default: "a bag of embeddings (sums of rows) stays whole, in float",
     **dict.fromkeys((aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru.data), _RECURRENT),
     **dict.fromkeys((aten.rnn_tanh.input, aten.rnn_relu.input, aten.rnn_tanh.data, aten.rnn_relu.data), _RECURRENT),
@@ -94,6 +95,8 @@ class FindElasticLayers(Pass):
                 result = _KEPT_WHOLE[node.target]
                 if result is _PRODUCT and all(parameter_view(source) is None for source in node.all_input_nodes):
                     continue  # of two activations
+                if result is _CONV1D and parameter_view(node.args[1]) is None:
+                    result = _COMPUTED
             else:
                 continue
             if isinstance(result, str):
@@ -107,7 +110,7 @@ class FindElasticLayers(Pass):
     def _candidate(self, gm: GraphModule, node: Node) -> Candidate | str:
         view = parameter_view(node.args[_WEIGHT[node.target]])
         if view is None:
-            return "the weight is computed in the graph (parametrized or generated), not a parameter"
+            return _COMPUTED
         weight = view.of(gm)
         if weight.dtype != torch.float32:
             return f"the weight is {weight.dtype}, not float32"

@@ -44,6 +44,10 @@ class FoldBatchNorm(Pass):
             return False
         if source.op != "call_function" or source.target not in (*_FLOAT, *_CHAINS, *_DENSE):
             return False
+        values = bound(source)
+        tensors = [values[name] for name in ("weight", "bias") if name in values]
+        if any(isinstance(tensor, Node) and tensor.op != "get_attr" for tensor in tensors):
+            return False  # computed in the graph
         mean, var = (get_attr(gm, str(args[name].target)) for name in ("running_mean", "running_var"))
         gain = torch.rsqrt(var + args["eps"])
         if args["weight"] is not None:
@@ -51,7 +55,6 @@ class FoldBatchNorm(Pass):
         shift = -mean * gain
         if args["bias"] is not None:
             shift = shift + get_attr(gm, str(args["bias"].target)).detach()
-        values = bound(source)
         bias = values["bias"]
         new_bias = shift if bias is None else shift + get_attr(gm, str(bias.target)).detach() * gain
         owner = owner_of(source)

@@ -78,8 +78,21 @@ class NormalizeConv(Pass):
             if view is not None and (made := _conv2d(gm, node, view.of(gm), dims)) is not None:
                 node.replace_all_uses_with(made)
                 gm.graph.erase_node(node)
+                _after_norm(made)
                 changed = True
         return changed
+
+
+def _after_norm(view: Node) -> None:
+    """Move a view of a convolution's result behind the batch norm that reads it, which is then seen to follow it."""
+    norm, conv = next(iter(view.users), None), view.args[0]
+    if len(view.users) != 1 or norm.target != aten.batch_norm.default or conv.target != aten.conv2d.default:
+        return
+    norm.replace_input_with(view, conv)
+    norm.replace_all_uses_with(view)
+    view.replace_input_with(conv, norm)
+    norm.append(view)
+    norm.meta["val"] = conv.meta["val"]
 
 
 def _from_general(node: Node) -> int:

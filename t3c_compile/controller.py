@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t3c_compile.groups import Groups, group_top, member_level
 from t3c_compile.passes.elastic import Gates
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.option import Option
@@ -34,21 +35,28 @@ class Controller(nn.Module):
 
     Args:
         chains: every elastic layer's options from least to greatest (see ``t3c_compile.chain``).
+        groups: layers that share one score, as a fraction of their chain (see ``t3c_compile.groups``); the others have
+            one each.
     """
 
     tops: Tensor
+    group_of: Tensor
 
-    def __init__(self, chains: Mapping[str, tuple[Option, ...]]) -> None:
+    def __init__(self, chains: Mapping[str, tuple[Option, ...]], groups: Groups = ()) -> None:
         super().__init__()
         empty = [name for name, chain in chains.items() if not chain]
         if empty or not chains:
             raise T3CError(f"controller: no options for {', '.join(empty) or 'any layer'}; build chains from a grid")
         self.chains = dict(chains)
+        grouped = {name for group in groups for name in group}
+        self.groups = (*groups, *((name,) for name in chains if name not in grouped))
+        place = {name: index for index, group in enumerate(self.groups) for name in group}
+        self.register_buffer("group_of", torch.tensor([place[name] for name in chains]), persistent=False)
         # Unit i starts as a hinge at i / units, alternately convex and concave: with positive weights and one kind
         # alone the network could not bend both ways (https://arxiv.org/abs/2205.11775).
         self.hidden = nn.Parameter(torch.zeros(len(RESOURCES), _UNITS))
         self.shift = nn.Parameter(-torch.arange(_UNITS) / _UNITS * torch.ones(len(RESOURCES), 1))
-        self.out = nn.Parameter(torch.zeros(len(RESOURCES), _UNITS, len(self.chains)))
+        self.out = nn.Parameter(torch.zeros(len(RESOURCES), _UNITS, len(self.groups)))
         self.register_buffer("tops", torch.tensor([len(chain) - 1.0 for chain in self.chains.values()]))
 
     def scores(self, budget: Tensor) -> dict[str, Tensor]:
@@ -66,10 +74,10 @@ class Controller(nn.Module):
         ends = torch.tensor([[0.0], [1.0]], dtype=budget.dtype, device=budget.device).expand(2, len(RESOURCES))
         ends = self._allowed(ends)
         allowed = (self._allowed(budget) - ends[0]) / (ends[1] - ends[0])
-        return allowed.amin(-2) * self.tops
+        return allowed.amin(-2)[..., self.group_of] * self.tops
 
     def _allowed(self, budget: Tensor) -> Tensor:
-        """Increasing functions of each resource, [..., 3, layers]."""
+        """Increasing functions of each resource, [..., 3, groups]."""
         weight, out = F.softplus(self.hidden) + _LEAST_WEIGHT, F.softplus(self.out) + _LEAST_WEIGHT
         total = torch.zeros_like(out[:, 0])
         # Added up one by one: the order of a matmul's sum may differ from row to row.
@@ -78,6 +86,19 @@ class Controller(nn.Module):
             bent = F.leaky_relu(x, 0.1) if unit % 2 else -F.leaky_relu(-x, 0.1)
             total = total + bent[..., None] * out[:, unit]
         return total
+
+    def sample(self, budget: Tensor) -> dict[str, Tensor]:
+        """One level for every layer, one-hot [chain length], sampled for a budget [3] once a group; differentiable."""
+        scores, sampled = self.scores(budget), {}
+        for group in self.groups:
+            longest = max(group, key=lambda name: len(self.chains[name]))
+            top = group_top(group, self.chains)
+            level = gumbel_levels(scores[longest], top + 1)
+            for name in group:
+                own = len(self.chains[name])
+                places = torch.tensor([member_level(i, top, own - 1) for i in range(top + 1)], device=level.device)
+                sampled[name] = level @ F.one_hot(places, own).to(level.dtype)
+        return sampled
 
     @torch.no_grad()
     def levels(self, budget: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from t3c_compile.backends.targets import Target
 from t3c_compile.certificate import SpectralProxy, observed_drift
 from t3c_compile.chain import Grid, chains
 from t3c_compile.cost import Cost, kept_bytes, option_costs, profile_cost
+from t3c_compile.groups import Groups, group_top, layer_groups, member_levels
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -58,8 +59,8 @@ def snap(
 ) -> ProfileSet:
     """Nested profiles of ``model`` on the grid its targets share.
 
-    Every layer climbs its chain one option at a time. With a ``controller`` the climb is what it answers as the budget
-    grows; without, the next upgrade is always the one that saves the most certified error for its cost. ``count``
+    Every group of layers (see ``t3c_compile.groups``) climbs its chains one option at a time. With a ``controller`` the
+    climb is what it answers as the budget grows; without, the next upgrade is always the one that saves the most certified error for its cost. ``count``
     points evenly spaced in cost become profiles; one that costs more than another and is no closer to the full model
     on the calibration data is dropped, and the notes say so.
 
@@ -80,7 +81,7 @@ def snap(
     if controller is None:
         path, order = _greedy_path(model, ladder, proxy, targets[0]), "certified error saved per cost"
     else:
-        path, order = _controller_path(controller, ladder), "controller"
+        path, order = _controller_path(controller, ladder, layer_groups(model)), "controller"
     points = _spread(model, ladder, path, targets[0], count)
     full = _logits(model, calibration)
     profiles: list[Profile] = []
@@ -117,31 +118,41 @@ def _greedy_path(
         name: [_scalar(cost, target) for cost in option_costs(layers[name], ladder[name], target)] for name in ladder
     }
 
-    def worth(name: str, level: int) -> float:
-        saved = errors[name][level] - errors[name][level + 1]
-        return saved / max(costs[name][level + 1] - costs[name][level], 1e-12)
+    def worth(group: tuple[str, ...], level: int) -> float:
+        now, then = member_levels(group, level, ladder), member_levels(group, level + 1, ladder)
+        saved = sum(errors[name][now[name]] - errors[name][then[name]] for name in group)
+        return saved / max(sum(costs[name][then[name]] - costs[name][now[name]] for name in group), 1e-12)
 
-    levels = dict.fromkeys(ladder, 0)
-    path = [dict(levels)]
-    while open_layers := [name for name, level in levels.items() if level + 1 < len(ladder[name])]:
-        best = max(open_layers, key=lambda name: worth(name, levels[name]))
+    levels = dict.fromkeys(layer_groups(model), 0)
+    path = [dict.fromkeys(ladder, 0)]
+    while rising := [group for group, level in levels.items() if level < group_top(group, ladder)]:
+        best = max(rising, key=lambda group: worth(group, levels[group]))
         levels[best] += 1
-        path.append(dict(levels))
+        path.append(path[-1] | member_levels(best, levels[best], ladder))
     return path
 
 
-def _controller_path(controller: OrderedPolicy, ladder: Mapping[str, tuple[Option, ...]]) -> list[Levels]:
+def _controller_path(
+    controller: OrderedPolicy, ladder: Mapping[str, tuple[Option, ...]], groups: Groups
+) -> list[Levels]:
     """What the controller answers along the diagonal of budgets, snapped to the ladder; its ends are added."""
     path = [dict.fromkeys(ladder, 0)]
     for step in torch.linspace(0, 1, 257):
         options = controller.options(step.repeat(3))
-        levels = {name: _level_of(options[name], chain) for name, chain in ladder.items()}
+        asked = {name: _level_of(options[name], chain) for name, chain in ladder.items()}
+        levels = {name: level for group in groups for name, level in _together(group, asked, ladder).items()}
         # Two grids may round differently; the maximum with the point before keeps the path nested.
         levels = {name: max(level, path[-1][name]) for name, level in levels.items()}
         if levels != path[-1]:
             path.append(levels)
     top = {name: len(chain) - 1 for name, chain in ladder.items()}
     return path if path[-1] == top else [*path, top]
+
+
+def _together(group: tuple[str, ...], asked: Levels, ladder: Mapping[str, tuple[Option, ...]]) -> Levels:
+    """The greatest levels that a group can have without any of its layers going above what was asked for it."""
+    rising = (member_levels(group, level, ladder) for level in range(group_top(group, ladder), -1, -1))
+    return next(levels for levels in rising if all(level <= asked[name] for name, level in levels.items()))
 
 
 def _level_of(option: Option, chain: tuple[Option, ...]) -> int:

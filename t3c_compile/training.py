@@ -3,8 +3,6 @@
 ``ElasticLoss`` is the loss of one step, for a loop of your own; ``train`` is that loop.
 """
 
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,25 +14,17 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from t3c_compile import losses
+from t3c_compile import losses, processes
 from t3c_compile.backends.targets import Target, get_target
 from t3c_compile.chain import Grid, chains
-from t3c_compile.controller import RESOURCES, Controller, apply_gates, gumbel_levels, soft_gate
+from t3c_compile.controller import RESOURCES, Controller, apply_gates, soft_gate
+from t3c_compile.groups import layer_groups
 from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers
-from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.training_state import TrainError, TrainingState
 
-_WARMUP = 0.05
-_CLIP = 1.0
-_CHECKPOINT_VERSION = 1
-# The controller is a few hundred numbers with no scale of its own: it moves faster than the factors.
-_CONTROLLER_LR = 1e-2
 # Of a sampled budget, how often a resource is free: users name one or two, seldom all three.
 _FREE = 0.5
-
-
-class TrainError(T3CError):
-    """Training cannot start or go on; the message says why and what to do."""
 
 
 class Batches(Protocol):
@@ -151,9 +141,7 @@ class ElasticLoss:
 
     def sample_gates(self, budget: Tensor) -> Gates:
         """Gates of options sampled for ``budget``, differentiable in the controller."""
-        scores = self.controller.scores(budget)
-        lengths = {name: len(chain) for name, chain in self.controller.chains.items()}
-        return self._gates({name: gumbel_levels(score, lengths[name]) for name, score in scores.items()})
+        return self._gates(self.controller.sample(budget))
 
     def _gates(self, levels: Mapping[str, Tensor]) -> Gates:
         options = self.controller.chains
@@ -181,18 +169,23 @@ def train(
     every epoch (and put back at the end): with data order and augmentation drawn from it, the result depends on
     ``seed`` alone, interrupted or not.
 
+    Where ``torch.distributed`` is initialized (``torchrun``), every process calls this with batches of its own, as many
+    and as large as the others': losses, gradients and activation ranges are those of the joined batches. A model that
+    ``fully_shard`` (FSDP2) was applied to stays sharded, another one is wrapped in DistributedDataParallel. All seed
+    alike, so an order of data drawn from the global generator can be cut in slices by rank.
+
     Args:
         batches: a list or DataLoader of ``(*inputs, labels)``, labels int64.
         epochs: passes over ``batches``.
         controller: trained along; None makes one on the default grid.
         weights: of the loss terms.
         augment: makes augmented inputs, for the consistency term.
-        proxy: the spectral certificate, for the certificate term. What it keeps between steps (power iteration) is not
-            in the checkpoint: with a proxy, a resumed run is close to an uninterrupted one, not equal.
+        proxy: the spectral certificate, for the certificate term; its ``state_dict`` goes into the checkpoint.
         target: whose roofline the budget term counts; None is ``cortex-a76``.
         lr: AdamW's peak, warmed up and then a cosine to zero.
-        progress: show a progress bar with the time left.
-        checkpoint: written after every epoch and, where it exists, gone on from; delete it to start over.
+        progress: show a progress bar with the time left (in the process of rank 0).
+        checkpoint: written after every epoch and, where it exists, gone on from; delete it to start over. For a sharded
+            model it is a folder of ``torch.distributed.checkpoint``, written by all processes.
 
     Raises:
         TrainError: no data, a loss or gradient that is not finite (the model is put back to the epoch's start), or a
@@ -200,23 +193,28 @@ def train(
     """
     steps = _count(batches, epochs)
     weights = weights or LossWeights()
-    controller = controller or Controller(chains(elastic, Grid()))
+    controller = controller or Controller(chains(elastic, Grid()), layer_groups(elastic))
     loss = ElasticLoss(elastic, controller, weights, target or get_target("cortex-a76"), augment, proxy)
-    run = _Run(elastic, controller, lr, steps * epochs)
+    processes.broadcast(controller)
+    run = TrainingState(elastic, controller, proxy, lr, steps * epochs)
     options = {name: [str(option) for option in chain] for name, chain in controller.chains.items()}
     setup = {"epochs": epochs, "steps": steps, "lr": lr, "seed": seed, "weights": asdict(weights), "options": options}
-    start, history = run.load(checkpoint, setup) if checkpoint is not None and checkpoint.exists() else (0, [])
+    history = run.load(checkpoint, setup) if checkpoint is not None and checkpoint.exists() else []
+    start = len(history)
+    model = processes.parallel(elastic)
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _training(elastic), torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
+    bar = Progress(*columns, disable=not (progress and processes.is_first()))
+    with _training(elastic), torch.random.fork_rng(devices=[]), bar:
         task = bar.add_task("elastic training", total=steps * epochs, completed=start * steps)
         for epoch in range(start, epochs):
             torch.manual_seed(seed + 1_000_003 * epoch)
             good = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
             sums: dict[str, float] = {}
             for index, batch in enumerate(batches):
-                terms = loss(elastic, _checked(batch, index))
-                values = {name: float(term.detach()) for name, term in terms.items()}
+                terms = loss(model, _checked(batch, index))
+                joined = processes.mean(torch.stack([term.detach() for term in terms.values()]))
+                values = dict(zip(terms, joined.tolist(), strict=True))
                 if not run.step(sum(terms.values(), torch.zeros(())), epoch * steps + index):
                     elastic.load_state_dict(good)
                     raise TrainError(_not_finite(values, epoch, index, lr))
@@ -226,70 +224,6 @@ def train(
             if checkpoint is not None:
                 run.save(checkpoint, setup, history)
     return TrainResult(controller, history, time.monotonic() - began)
-
-
-class _Run:
-    """The optimizer of one run, and its checkpoint."""
-
-    def __init__(self, elastic: ElasticGraphModule, controller: Controller, lr: float, total: int) -> None:
-        self.elastic, self.controller, self.total = elastic, controller, total
-        self.parameters = [*elastic.parameters(), *controller.parameters()]
-        # No weight decay: it would pull on the two factors of a product, and on the controller's raw weights.
-        groups = [
-            {"params": list(elastic.parameters()), "peak": lr},
-            {"params": list(controller.parameters()), "peak": _CONTROLLER_LR},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
-
-    def step(self, loss: Tensor, index: int) -> bool:
-        """Backward and update; False, and no update, where the loss or the gradient is not finite."""
-        factor = min(1.0, (index + 1) / (_WARMUP * self.total)) * 0.5 * (1 + math.cos(math.pi * index / self.total))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP)
-        if not bool(torch.isfinite(loss.detach() + norm)):
-            return False
-        self.optimizer.step()
-        return True
-
-    def save(self, path: Path, setup: dict[str, Any], history: list[dict[str, float]]) -> None:
-        state = {
-            "version": _CHECKPOINT_VERSION,
-            "setup": setup,
-            "history": history,
-            "elastic": self.elastic.state_dict(),
-            "controller": self.controller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load(self, path: Path, setup: dict[str, Any]) -> tuple[int, list[dict[str, float]]]:
-        """Epochs done, and their history."""
-        way_out = "delete it to start over, or name another file"
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception as error:
-            raise TrainError(f"checkpoint {path} cannot be read ({error}): {way_out}") from error
-        if not isinstance(state, dict) or state.get("version") != _CHECKPOINT_VERSION:
-            raise TrainError(f"checkpoint {path} is not one of this version's: {way_out}")
-        changed = [key for key, value in setup.items() if state["setup"].get(key) != value]
-        if changed:
-            raise TrainError(f"checkpoint {path} is of a run with other {', '.join(changed)}: {way_out}")
-        try:
-            self.controller.load_state_dict(state["controller"])
-            self.elastic.load_state_dict(state["elastic"])
-        except RuntimeError as error:
-            raise TrainError(f"checkpoint {path} is of another model: {way_out}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        return len(state["history"]), list(state["history"])
 
 
 @contextmanager
@@ -307,7 +241,8 @@ def _training(elastic: ElasticGraphModule) -> Iterator[None]:
         if isinstance(module, ActivationQuantizer):
             module.training = True
     try:
-        yield
+        with processes.joined_ranges(elastic):
+            yield
     finally:
         elastic.set_full()
         elastic.train(training)
@@ -322,6 +257,8 @@ def _count(batches: Batches, epochs: int) -> int:
         raise TrainError(
             "batches has no length: pass a list or a DataLoader, which every epoch iterates anew"
         ) from None
+    if not processes.same(steps):
+        raise TrainError(f"this process has {steps} batches and another one more or fewer: give all as many")
     if steps == 0:
         raise TrainError("there is no data: batches is empty (is the batch size above the number of samples?)")
     return steps

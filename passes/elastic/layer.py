@@ -168,7 +168,7 @@ class ElasticLayer(nn.Module):
         return tensor if name == "bias" else tensor[:rank]
 
     def activations(self) -> dict[str, Activation]:
-        """Scale and zero point of the input (``x``; ``x.1`` of the second call) and the middles, from the quantizers."""
+        """Scale and zero point of input (``x``; of the second call, ``x.1``) and middles, from the quantizers."""
         found: dict[str, Activation] = {}
         for name in ("x", *self.middles):
             quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")

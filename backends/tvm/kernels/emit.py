@@ -211,7 +211,7 @@ def top_bits(weights: Expr, bits: int, lanes: int) -> Expr:
     if bits == 8:
         return weights
     step = 1 << (8 - bits)
-    return (weights + T.broadcast(T.int8(step // 2), lanes)) & T.broadcast(T.int8(-step), lanes)
+    return (weights + fill(T.int8(step // 2), lanes)) & fill(T.int8(-step), lanes)
 
 
 def requantize(acc: Expr, multiplier: Expr, lanes: int) -> Expr:
