@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from t3c_compile.passes.elastic import ElasticLayer, Gates, elastic_layers
 from t3c_compile.passes.elastic.layer import Activation, of_call
+from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.path_gains import kernel_factor, path_gains, samples_of
 from t3c_compile.passes.specialize import as_dense
 from t3c_compile.passes.spectral_norm import EXACT_SIDE, matrix_norm, spectral_norms
+from t3c_compile.processes import gathered
 
 _NORM_SAMPLES = 256
 
@@ -77,6 +79,25 @@ def call_statistics(
     return found
 
 
+class _Factors(nn.Module):
+    """A layer's factors as a forward, for ``functional_call`` to put whole parameters in place of sharded ones."""
+
+    def __init__(self, layer: ElasticLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, bits: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[int, ...]]:
+        exact = {name: factor for name, (factor, _) in self.layer.factors().items()}
+        return exact, self.layer.rounded_factors(bits), self.layer.dense_shape()
+
+
+def _factors(layer: ElasticLayer, bits: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[int, ...]]:
+    """Factors in store layout, exact and rounded to ``bits``, and the dense shape; FSDP2 may have sharded the layer."""
+    whole = {f"layer.{name}": gathered(parameter) for name, parameter in layer.named_parameters()}
+    found: Any = torch.func.functional_call(_Factors(layer), whole, (bits,))
+    return found  # type: ignore[no-any-return]
+
+
 class SpectralProxy:
     """Drift bounds of a model from fixed layer statistics.
 
@@ -94,6 +115,16 @@ class SpectralProxy:
             for name, layer in self.layers.items()
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`drift` keeps from step to step, for a training checkpoint."""
+        return {name: vector.clone() for name, vector in self._vectors.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises :class:`T3CError` where ``state`` is not of the same layers."""
+        if {name: vector.shape for name, vector in state.items()} != {n: v.shape for n, v in self._vectors.items()}:
+            raise T3CError("the proxy's state is of other layers")
+        self._vectors = {name: vector.clone() for name, vector in state.items()}
+
     def drift(self, gates: Gates) -> Tensor:
         """Weight part of the bound (0-d, in logit 2-norm), differentiable in masks and factors."""
         total = torch.zeros(())
@@ -102,8 +133,8 @@ class SpectralProxy:
             if products:
                 total = total + products * self._error_norm(name, mask, bits)
             if look_ups:
-                rounded = self.layers[name].rounded_factors(bits)["weight"]
-                total = total + look_ups * _greatest_row(self.layers[name].factors()["weight"][0] - rounded)
+                exact, rounded, _ = _factors(self.layers[name], bits)
+                total = total + look_ups * _greatest_row(exact["weight"] - rounded["weight"])
         return total
 
     def _weights(self, name: str) -> tuple[float, float]:
@@ -113,10 +144,8 @@ class SpectralProxy:
 
     def _error_norm(self, name: str, mask: Tensor, bits: Tensor) -> Tensor:
         layer = self.layers[name]
-        shape = layer.dense_shape()
+        exact, rounded, shape = _factors(layer, bits)
         factor = math.sqrt(shape[2] * shape[3]) if len(shape) == 4 else 1.0
-        exact = {key: value for key, (value, _) in layer.factors().items()}
-        rounded = layer.rounded_factors(bits)
         ones = torch.ones_like(mask)
 
         def error(x: Tensor) -> Tensor:

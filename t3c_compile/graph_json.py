@@ -64,6 +64,7 @@ class Writer:
                     "tensor": self.tensor(f"{prefix}{leaf}", tensor),
                     "parameter": isinstance(tensor, nn.Parameter),
                     "trained": tensor.requires_grad,
+                    "saved": leaf not in module._non_persistent_buffers_set,
                 }
         children = {leaf: self.module(child, f"{prefix}{leaf}") for leaf, child in module.named_children()}
         return {"tensors": tensors, "children": children}
@@ -148,7 +149,7 @@ class Reader:
             if entry["parameter"]:
                 module.register_parameter(name, tensor)  # type: ignore[arg-type]
             else:
-                module.register_buffer(name, tensor)
+                module.register_buffer(name, tensor, persistent=entry["saved"])
         for name, child in data["children"].items():
             module.add_module(name, self._module(child))
         return GraphModule(module, self._graph(data["graph"])) if "graph" in data else module

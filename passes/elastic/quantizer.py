@@ -1,6 +1,6 @@
 """What sits beside an elastic layer's factors: the controller's gate and the activation quantizers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, symmetric: bool, calls: int = 1) -> None:
         super().__init__()
         self.symmetric = symmetric
+        # Several processes that train together see one range; the trainer sets it for as long as they do.
+        self.join: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.register_buffer("scale", torch.ones(calls))
         self.register_buffer("zero_point", torch.zeros(calls))
         self.register_buffer("low", torch.full((calls,), float("inf")))
@@ -71,6 +73,8 @@ class ActivationQuantizer(nn.Module):
 
     def _observe(self, x: Tensor, call: int) -> None:
         low, high = torch.aminmax(x)
+        if self.join is not None:
+            low, high = self.join(low, high)
         first = torch.isinf(self.low[call])
         low = torch.where(first, low, self.low[call] + _MOMENTUM * (low - self.low[call]))
         high = torch.where(first, high, self.high[call] + _MOMENTUM * (high - self.high[call]))
