@@ -36,13 +36,9 @@ class GivenCache:
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention whose queries of one key-value head are rows of one product, so that no cache is repeated."""
-    batch, heads, tokens, width = query.shape
-    groups = heads // key.shape[1]
-    rows = query.reshape(batch, key.shape[1], groups * tokens, width)
-    mask = attention_mask.repeat(1, 1, groups, 1)
-    y = F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
-    return y.reshape(batch, heads, tokens, width).transpose(1, 2), None
+    """Attention with grouped heads left to the operator: no cache is repeated for the heads that share it."""
+    y = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+    return y.transpose(1, 2), None
 
 
 transformers.AttentionInterface.register("grouped", grouped_attention)
@@ -93,7 +89,7 @@ def inputs(decoder: Decoder, ids: Tensor, length: int) -> tuple[Tensor, ...]:
 
 def dynamic_shapes(decoder: Decoder, length: int) -> Any:
     """Batch and number of new tokens free; as many tokens as the cache holds."""
-    batch, tokens = Dim("batch", max=64), Dim("tokens", max=length)
+    batch, tokens = Dim("batch", min=1, max=64), Dim("tokens", min=1, max=length)
     caches = 2 * decoder.model.config.num_hidden_layers
     return {0: batch, 1: tokens}, {}, ({0: batch},) * caches
 

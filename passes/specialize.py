@@ -46,7 +46,7 @@ class Specialize(Pass):
                 raise self.fail(f"layer {name}: the profile has no option for it")
             if option.form not in (layer.form, "dense"):
                 raise self.fail(f"layer {name}: option {option} does not fit an elastic layer of form {layer.form}")
-            if option.rank > self.store_ranks.get(name, layer.max_rank):
+            if option.bits != 32 and option.rank > self.store_ranks.get(name, layer.max_rank):
                 raise self.fail(f"layer {name}: rank {option.rank} is beyond the stored rank")
             if option.bits == 32 and option.form != "dense" and option.rank < layer.max_rank:
                 raise self.fail(f"layer {name}: 32 bits is for full rank, {layer.max_rank}; {option} has 4 to 8 bits")
