@@ -60,15 +60,22 @@ def parse_input(text: str) -> Tensor:
 def load_elastic(
     spec: str, inputs: Sequence[str], config: Config | None, data: str | None, progress: bool
 ) -> Checkpoint:
-    """The elastic model ``spec`` names: a t3c checkpoint, or a model (``.pt2`` or a callable) that is transformed now.
+    """The elastic model ``spec`` names: a t3c checkpoint, or a model (``.pt2``, ``.onnx``, a callable) transformed now.
 
     Args:
-        inputs: example inputs (see :func:`parse_input`); a ``.pt2`` file brings its own.
+        inputs: example inputs (see :func:`parse_input`); a ``.pt2`` file brings its own, and so does an ``.onnx`` file
+            in which no size but the batch is free.
         data: ``package.module:callable`` whose batches whiten the decomposition.
     """
-    if ":" not in spec and not spec.endswith(".pt2"):
+    own_inputs: Inputs | None = None
+    if spec.endswith(".pt2"):
+        model, own_inputs = _load_pt2(spec)
+    elif spec.endswith(".onnx"):
+        model, own_inputs = _load_onnx(spec)
+    elif ":" in spec:
+        model = _call_model(spec)
+    else:
         return Checkpoint.load(spec)
-    model, own_inputs = _load_pt2(spec) if spec.endswith(".pt2") else (_call_model(spec), None)
     example = tuple(parse_input(text) for text in inputs) or own_inputs
     if example is None:
         raise LoadingError(f"{spec}: name its inputs, such as --input 'float32[1,3,224,224]'")
@@ -84,6 +91,19 @@ def _load_pt2(path: str) -> tuple[nn.Module, Inputs | None]:
     except Exception as error:
         raise LoadingError(f"{path} is damaged or not a torch.export file: {error}") from error
     return program.module(check_guards=False), None if program.example_inputs is None else program.example_inputs[0]
+
+
+def _load_onnx(path: str) -> tuple[nn.Module, Inputs | None]:
+    from t3c_compile.backends.onnx import require_onnx
+
+    require_onnx()
+    from t3c_compile.onnx_import import load_onnx
+
+    model = load_onnx(path)
+    if any(isinstance(size, str) for shape, _ in model.inputs for size in shape[1:]):
+        return model, None
+    described = [(["2" if isinstance(size, str) else str(size) for size in s], dtype) for s, dtype in model.inputs]
+    return model, tuple(parse_input(f"{dtype}[{','.join(sizes)}]") for sizes, dtype in described)
 
 
 def _call_model(spec: str) -> nn.Module:

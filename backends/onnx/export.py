@@ -24,7 +24,7 @@ _PROFILE = "t3c.profile"
 _OPSET = 21
 
 
-class OnnxExportError(T3CError):
+class OnnxError(T3CError):
     """A profile cannot be written as ONNX."""
 
 
@@ -46,7 +46,7 @@ def export_onnx(
         example_inputs: what the graphs are traced with, as for ``transform``.
 
     Raises:
-        OnnxExportError: the ``onnx`` extra is not installed, a stage has no ONNX form, or ``path`` cannot be written.
+        OnnxError: the ``onnx`` extra is not installed, a stage has no ONNX form, or ``path`` cannot be written.
     """
     require_onnx()
     import onnx_ir
@@ -57,7 +57,7 @@ def export_onnx(
 
     ranks = store_ranks(model, [profile.options for profile in profiles])
     with (
-        whole_folder(path, (".onnx", Path(WEIGHTS).suffix), OnnxExportError) as folder,
+        whole_folder(path, (".onnx", Path(WEIGHTS).suffix), OnnxError) as folder,
         SharedData(folder / WEIGHTS) as data,
     ):
         # The greatest first: the others are made of its first rows.
@@ -76,7 +76,7 @@ def read_profiles(path: str | os.PathLike[str]) -> "dict[str, dict[str, Any]]":
     """The profiles in ``path``, a folder that :func:`export_onnx` wrote: by file, as ``Profile.to_json`` gives them.
 
     Raises:
-        OnnxExportError: the ``onnx`` extra is not installed, or the folder holds something else.
+        OnnxError: the ``onnx`` extra is not installed, or the folder holds something else.
     """
     require_onnx()
     import onnx
@@ -85,18 +85,18 @@ def read_profiles(path: str | os.PathLike[str]) -> "dict[str, dict[str, Any]]":
     for file in sorted(Path(path).glob("*.onnx")):
         properties = {entry.key: entry.value for entry in onnx.load(str(file), load_external_data=False).metadata_props}
         if _PROFILE not in properties:
-            raise OnnxExportError(f"{file} was not written by t3c-compile")
+            raise OnnxError(f"{file} was not written by t3c-compile")
         found[file.name] = json.loads(properties[_PROFILE])
     return found
 
 
 def require_onnx() -> None:
-    """Raises :class:`OnnxExportError` where the ``onnx`` extra is not installed."""
+    """Raises :class:`OnnxError` where the ``onnx`` extra is not installed."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise OnnxExportError(
+        raise OnnxError(
             f"ONNX needs packages that are not installed ({error}): pip install 't3c-compile[onnx]'"
         ) from error
 
@@ -120,7 +120,7 @@ def _translated(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise OnnxExportError(f"profile {name} has no ONNX form: {str(cause).splitlines()[0]}") from error
+        raise OnnxError(f"profile {name} has no ONNX form: {str(cause).splitlines()[0]}") from error
     assert exported is not None
     first = exported.model.graph.inputs[0].shape
     if first is not None and len(first) and not isinstance(first[0], int):

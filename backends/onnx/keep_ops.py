@@ -45,7 +45,8 @@ def _translation(op: Any) -> Callable[..., Any]:
 
 
 def _onnx_schema(schema: Any) -> OpSchema:
-    inputs, attributes = [], []
+    inputs: list[Any] = []
+    attributes: list[Any] = []
     for argument in schema.arguments:
         if is_tensor(argument):
             kind = OpSchema.FormalParameterOption.Optional

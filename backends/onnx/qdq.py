@@ -14,7 +14,7 @@ reciprocal, and it clamps middles at -128 where they clamp at -127. Either moves
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +29,7 @@ _LEAST_EXTERNAL_BYTES = 256
 # Runtimes make a convolution's bias an int32 in units of its product's scale.
 _BIAS_MAX = 2**30
 
-Value = ir.Value
+Value: TypeAlias = Any  # onnx_ir.Value, which mypy does not see
 
 
 class Expansion:
@@ -237,9 +237,9 @@ class Expansion:
 
     def _biased(self, y: Value, bias: Value | None, x_scale: float, gain: Value | None) -> Value:
         """A convolution and its bias: an input of the node where an int32 can hold it, else an addition."""
-        conv = y.producer()
-        if bias is None or conv is None:
+        if bias is None:
             return y
+        conv = y.producer()
         unit = np.abs(np.float32(x_scale) * (np.float32(1) if gain is None else _array(gain)))
         if np.all(np.abs(_array(bias)) <= _BIAS_MAX * unit):
             conv.resize_inputs(3)
@@ -308,7 +308,9 @@ class Expansion:
         while unique in self._graph.initializers:
             count += 1
             unique = f"{name}_{count}"
-        value = Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(
+            name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        )
         self._graph.register_initializer(value)
         return value
 
@@ -337,4 +339,4 @@ def _array(value: Value) -> Array:
 
 
 def _sizes(value: Value) -> tuple[int, ...]:
-    return _array(value).shape
+    return tuple(_array(value).shape)

@@ -50,7 +50,7 @@ class SharedData:
 
     def whole(self, array: Array) -> ir.ExternalTensor:
         """``array``, which is shared where its content is the same."""
-        return self.rows(hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest(), array)
+        return self.rows(hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest(), array)
 
     def _find(self, name: str, data: Array, whole: int) -> int | None:
         self._file.flush()
