@@ -28,25 +28,17 @@ from t3c_compile.passes.errors import T3CError
 Key = tuple[str, Packing | None]
 Arguments = Mapping[str, Any]
 
-# ATen ops with a converter here, or with a better Relax form than their decomposition.
-_KEPT_WHOLE = (
-    torch.ops.aten.linear.default,
-    torch.ops.aten.layer_norm.default,
-    torch.ops.aten.scaled_dot_product_attention.default,
-    torch.ops.aten.index_copy.default,
-)
-
 
 class UnsupportedOpError(T3CError):
     """The graph holds ops with no lowering; the message names every node, its op and layer, and the way out."""
 
 
 class Lowering:
-    """One profile on its way to Relax."""
+    """One profile on its way to Relax; ``program`` has been through :func:`prepare`."""
 
     def __init__(self, isa: Isa, program: torch.export.ExportedProgram) -> None:
         self.isa = isa
-        self.program = _prepare(program)
+        self.program = program
         self.names = {
             spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target
         }
@@ -110,19 +102,6 @@ class Lowering:
 
 
 Converter = Callable[[Lowering, Arguments], relax.Var]
-
-
-def _prepare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Decompose to what the importer knows, and make every stored buffer a parameter, so that none is baked in."""
-    table = torch.export.default_decompositions()
-    for op in _KEPT_WHOLE:
-        table.pop(op, None)  # type: ignore[no-untyped-call]
-    program = program.run_decompositions(table)
-    kinds = torch.export.graph_signature.InputKind
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is kinds.BUFFER and spec.target in program.state_dict:
-            spec.kind = kinds.PARAMETER
-    return program
 
 
 def _check_ops(graph: fx.Graph) -> None:
@@ -287,8 +266,34 @@ def _linear(lower: Lowering, a: Arguments) -> relax.Var:
     x = lower.value(a["input"])
     if a["weight"].name in lower.names:
         return _float_linear(lower, x, a["weight"], None, 0, a["bias"])
-    y = lower.emit(relax.op.linear(x, lower.value(a["weight"])))
+    weight = a["weight"]
+    if weight.target == torch.ops.aten.permute.default and weight.args[0].name in lower.names:
+        # Stored as [inputs, outputs]: the product reads it as it lies.
+        y = lower.emit(relax.op.matmul(x, lower.value(weight.args[0])))
+    else:
+        y = lower.emit(relax.op.linear(x, lower.value(weight)))
     return y if a["bias"] is None else lower.emit(relax.op.add(y, lower.value(a["bias"])))
+
+
+def _conv_transpose3d(lower: Lowering, a: Arguments) -> relax.Var:
+    """The one transposed convolution that the importer does not know."""
+    names = ("stride", "padding", "output_padding", "dilation")
+    stride, padding, output_padding, dilation = (list(a[n]) * (3 if len(a[n]) == 1 else 1) for n in names)
+    x, weight = lower.value(a["input"]), lower.value(a["weight"])
+    y = lower.emit(
+        relax.op.nn.conv3d_transpose(
+            x,
+            weight,
+            strides=stride,
+            padding=padding,
+            output_padding=output_padding,
+            dilation=dilation,
+            groups=a["groups"],
+        )
+    )
+    if a["bias"] is None:
+        return y
+    return lower.emit(relax.op.add(y, lower.emit(relax.op.reshape(lower.value(a["bias"]), [-1, 1, 1, 1]))))
 
 
 def _attention(lower: Lowering, a: Arguments) -> relax.Var:
@@ -368,6 +373,7 @@ CONVERTERS: dict[str, Converter] = {
     "tucker2_conv2d.default": partial(_conv_chain, "tucker2"),
     "cp_conv2d.default": partial(_conv_chain, "cp"),
     "linear.default": _linear,
+    "conv_transpose3d.input": _conv_transpose3d,
     "slice.Tensor": _slice,
     "cumsum.default": _cumsum,
     "index_copy.default": _index_copy,
