@@ -175,8 +175,9 @@ def join_shared(gm: GraphModule, found: Mapping[Node, Candidate]) -> dict[Node, 
     reads: dict[int, list[tuple[Tensor, Node]]] = {}
     for tensor, view, user in readers(gm):
         node_view = parameter_view(view)
-        assert node_view is not None
-        reads.setdefault(tensor.untyped_storage().data_ptr(), []).append((node_view.of(gm), user))
+        # A part with a symbolic size may be any part.
+        part = tensor if node_view is None else node_view.of(gm)
+        reads.setdefault(tensor.untyped_storage().data_ptr(), []).append((part, user))
     weights = {node: candidate.weight.of(gm) for node, candidate in found.items()}
     joined: dict[Node, Candidate] = {}
     for node, candidate in found.items():
