@@ -14,6 +14,7 @@ from rich.progress import Progress
 from safetensors.numpy import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Graph
 
 from t3c_compile.backends.targets import Target, cpu_features, get_target, machine
 from t3c_compile.cost import dense_int8_bytes
@@ -21,6 +22,7 @@ from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifes
 from t3c_compile.measuring import CALLS, measure
 from t3c_compile.passes.capture import two_rows
 from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.renumber import differ_in_numbers_alone, renumbered
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import refusal
@@ -147,9 +149,15 @@ def export_profiles(
     ranks = profiles.store_ranks()
     shapes = model.meta["t3c_dynamic_shapes"]
     inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
+    first: Graph | None = None
     for index, profile in enumerate(profiles.profiles):
         graph = specialize(model, profile.options, profile.activations, ranks)
-        programs[f"profile_{index}"] = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
+        like = None
+        if first is None:
+            first = graph.graph
+        elif differ_in_numbers_alone(first, graph.graph):
+            like = renumbered(programs["profile_0"], graph.graph)
+        programs[f"profile_{index}"] = like or torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
         store |= {name: tensor.detach().contiguous() for name, tensor in graph.state_dict().items()}
     return programs, store
 

@@ -13,6 +13,7 @@ from t3c_compile.backends.tvm.default_schedule import schedule_module
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import pack
 from t3c_compile.backends.tvm.legalize import legalize
+from t3c_compile.backends.tvm.prepare import prepare
 
 PACK = "pack"
 
@@ -33,7 +34,7 @@ def assemble(
 
     Every PrimFunc in it is scheduled and carries ``t3c.schedule``.
     """
-    lowered = {name: _Profile(Lowering(isa, program)) for name, program in programs.items()}
+    lowered = {name: _Profile(Lowering(isa, program)) for name, program in prepare(programs).items()}
     used = {key: var for profile in lowered.values() for key, var in profile.tensors.items()}
     keys = sorted(used, key=lambda key: (key[0], str(key[1])))
     merged = _Merged()

@@ -15,8 +15,10 @@ import tvm
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tvm import relax, te
+from tvm.ir import Expr
 from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, quantize
 from t3c_compile.backends.tvm.kernels.isa import Isa
@@ -361,6 +363,24 @@ def _index_copy(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.call(kernel, [x, index, source], shape, dtype)
 
 
+def _hardsigmoid(x: te.Tensor) -> te.Tensor:
+    return te.compute(x.shape, lambda *i: _hard(x(*i)) / T.float32(6), name="hardsigmoid")
+
+
+def _hardswish(x: te.Tensor) -> te.Tensor:
+    return te.compute(x.shape, lambda *i: x(*i) * _hard(x(*i)) / T.float32(6), name="hardswish")
+
+
+def _hard(value: Expr) -> Expr:
+    """clamp(value + 3, 0, 6)"""
+    return T.min(T.max(value + T.float32(3), T.float32(0)), T.float32(6))
+
+
+def _float_expression(function: Callable[[te.Tensor], te.Tensor], lower: Lowering, a: Arguments) -> relax.Var:
+    x = lower.value(a["self"])
+    return lower.expression(function, x) if str(x.ty.dtype) == "float32" else lower.default()
+
+
 CONVERTERS: dict[str, Converter] = {
     "quantize_int8.default": _quantize,
     "dequantize_int8.default": _dequantize,
@@ -378,4 +398,6 @@ CONVERTERS: dict[str, Converter] = {
     "cumsum.default": _cumsum,
     "index_copy.default": _index_copy,
     "scaled_dot_product_attention.default": _attention,
+    "hardsigmoid.default": partial(_float_expression, _hardsigmoid),
+    "hardswish.default": partial(_float_expression, _hardswish),
 }

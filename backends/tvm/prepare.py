@@ -15,6 +15,8 @@ _KEPT_WHOLE = (
     torch.ops.aten.layer_norm.default,
     torch.ops.aten.scaled_dot_product_attention.default,
     torch.ops.aten.index_copy.default,
+    torch.ops.aten.hardsigmoid.default,
+    torch.ops.aten.hardswish.default,
 )
 
 
