@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from t3c_compile.passes.base import LayerRecord, Pass, get_attr, report_of
 from t3c_compile.passes.elastic.conv import ConvGeometry
+from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.normalize_conv import Geometry
 from t3c_compile.passes.parameter_view import ParameterView, overlap, parameter_view, readers, same_region
 
@@ -105,6 +106,8 @@ class FindElasticLayers(Pass):
                 found[node] = result
         for node, candidate in join_shared(gm, found).items():
             node.meta["t3c_candidate"] = candidate
+        if isinstance(gm, ElasticGraphModule) and gm.graph is gm.train_graph:
+            _agree(gm)
         return False
 
     def _candidate(self, gm: GraphModule, node: Node) -> Candidate | str:
@@ -173,7 +176,7 @@ def join_shared(gm: GraphModule, found: Mapping[Node, Candidate]) -> dict[Node, 
     tensor; slices of one packed parameter become layers of their own.
     """
     reads: dict[int, list[tuple[Tensor, Node]]] = {}
-    for tensor, view, user in readers(gm):
+    for tensor, view, user in readers(gm, gm.graph):
         node_view = parameter_view(view)
         # A part with a symbolic size may be any part.
         part = tensor if node_view is None else node_view.of(gm)
@@ -195,6 +198,20 @@ def join_shared(gm: GraphModule, found: Mapping[Node, Candidate]) -> dict[Node, 
             layer = _place(gm, first.layer + _part(weight, weights), first.weight, bias)
             joined[node] = _as_one(candidate, [found[other] for other in sharing], bias, layer)
     return joined
+
+
+def _agree(gm: ElasticGraphModule) -> None:
+    """Unmark what only one of the two graphs can have elastic while the other reads the weight in another way."""
+    graphs = (gm.eval_graph, gm.train_graph)
+    marked = [{n: n.meta["t3c_candidate"] for n in graph.nodes if "t3c_candidate" in n.meta} for graph in graphs]
+    for mine, theirs, graph in ((*marked, graphs[1]), (*reversed(marked), graphs[0])):
+        layers = {candidate.layer for candidate in theirs.values()}
+        read = {id(tensor) for tensor, _, _ in readers(gm, graph)}
+        for node, candidate in mine.items():
+            if candidate.layer not in layers and id(get_attr(gm, candidate.weight.target)) in read:
+                reason = f"the weight {candidate.weight.target} is read differently in training and in evaluation"
+                _keep(gm, node, layer_name(node), reason)
+                del node.meta["t3c_candidate"]
 
 
 def _refusal(mine: Candidate, sharing: list[Candidate], strangers: list[Node]) -> str:

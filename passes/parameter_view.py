@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from t3c_compile.passes.base import get_attr
 
@@ -67,11 +67,11 @@ def _plain(argument: Any) -> Any:
     return list(argument) if isinstance(argument, list | tuple) else argument
 
 
-def readers(gm: GraphModule) -> Iterator[tuple[Tensor, Node, Node]]:
-    """(tensor, the node that stands for a view of it, the node that reads the view) for every read in the graph."""
-    for node in gm.graph.nodes:
+def readers(module: nn.Module, graph: Graph) -> Iterator[tuple[Tensor, Node, Node]]:
+    """(tensor, the node that stands for a view of it, the node that reads the view) for every read in ``graph``."""
+    for node in graph.nodes:
         if node.op == "get_attr":
-            tensor = get_attr(gm, str(node.target))
+            tensor = get_attr(module, str(node.target))
             if isinstance(tensor, Tensor):
                 yield from ((tensor, view, user) for view, user in _readers(node))
 

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,9 @@ def build_cases() -> list[Case]:
 
     make = _Maker(np.random.default_rng(7))
     make.quantize()
+    make.embedding((3, 17), 40, 64, 8, "int64")
+    make.embedding((5,), 7, 33, 4, "int32")
+    make.embedding((2, 700), 300, 48, 6, "int64")
     for rows, inputs, outputs, bits, zero_point in [
         (1, 64, 64, 8, 0),
         (7, 30, 100, 4, -128),
@@ -161,6 +165,18 @@ class _Maker:
         call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype))
         self.cases.append(Case(call, answer, kernel))
 
+    def expression(self, function: Callable[..., object], args: Sequence[Array], expected: object, name: str) -> None:
+        """Add a kernel of one tensor expression, scheduled as the build schedules it."""
+        from tvm import te
+
+        from t3c_compile.backends.tvm.default_schedule import schedule_default
+
+        def kernel(isa: object) -> object:
+            inputs = [te.placeholder(a.shape, str(a.dtype), name=f"x{i}") for i, a in enumerate(args)]
+            return schedule_default(te.create_prim_func([*inputs, function(*inputs)]), isa.lanes)  # type: ignore[attr-defined]
+
+        self.add(args, expected, kernel, name)
+
     def activations(self, *shape: int) -> Array:
         x = self.rng.integers(-128, 128, shape).astype("int8")
         x.reshape(-1)[: 1 + x.size // 8] = -128
@@ -187,8 +203,17 @@ class _Maker:
             q = _op("quantize_int8", x, scale, zero_point)
             back = _op("dequantize_int8", q.numpy(), scale, zero_point)  # type: ignore[attr-defined]
             to_int8, to_float = _numbers(1 / scale, zero_point), _numbers(scale, zero_point)
-            self.add([x, to_int8], q, _expression(quantize.quantize, shape, "float32"), "quantize")
-            self.add([q.numpy(), to_float], back, _expression(quantize.dequantize, shape, "int8"), "dequantize")  # type: ignore[attr-defined]
+            self.expression(quantize.quantize, [x, to_int8], q, "quantize")
+            self.expression(quantize.dequantize, [q.numpy(), to_float], back, "dequantize")  # type: ignore[attr-defined]
+
+    def embedding(self, lead: tuple[int, ...], rows: int, columns: int, bits: int, dtype: str) -> None:
+        from t3c_compile.backends.tvm.kernels import quantize
+
+        indices, w = self.rng.integers(0, rows, lead).astype(dtype), self.weights(rows, columns)
+        indices.reshape(-1)[:2] = 0, rows - 1
+        scale = self.floats(rows, low=0.01)
+        expected = _op("int8_embedding", indices, w, scale, bits)
+        self.expression(partial(quantize.embedding, bits=bits), [indices, w, scale], expected, "int8_embedding")
 
     def int8_linear(self, rows: int, inputs: int, outputs: int, bits: int, zero_point: int) -> None:
         from t3c_compile.backends.tvm.kernels import linear, pack
@@ -292,19 +317,6 @@ class _Maker:
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
             args = [x, at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
-
-
-def _expression(function: Callable[..., object], shape: tuple[int, ...], dtype: str) -> Callable[..., object]:
-    """A kernel of one tensor expression with its scale and zero point, scheduled as the build schedules it."""
-    from tvm import te
-
-    from t3c_compile.backends.tvm.default_schedule import schedule_default
-
-    def kernel(isa: object) -> object:
-        x, numbers = te.placeholder(shape, dtype, name="x"), te.placeholder((2,), "float32", name="numbers")
-        return schedule_default(te.create_prim_func([x, numbers, function(x, numbers)]), isa.lanes)  # type: ignore[attr-defined]
-
-    return kernel
 
 
 def _numbers(*values: float) -> Array:

@@ -13,13 +13,14 @@ from torch.fx.passes.infra.pass_manager import PassManager, pass_result_wrapper
 from t3c_compile.passes.base import elastic_calls
 from t3c_compile.passes.capture import capture
 from t3c_compile.passes.decompose_conv import DecomposeConv, cp_factors, tucker2_factors
-from t3c_compile.passes.decompose_linear import DecomposeLinear, svd_factors
+from t3c_compile.passes.decompose_linear import DecomposeLinear
 from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, SvdConv2d, SvdLinear, Tucker2Conv2d, elastic_layers
 from t3c_compile.passes.errors import PassConditionError
 from t3c_compile.passes.find_elastic_layers import FindElasticLayers
 from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.insert_hooks import InsertHooks
 from t3c_compile.passes.insert_quantizers import InsertQuantizers
+from t3c_compile.passes.low_rank import svd_factors
 from t3c_compile.passes.path_gains import PathGains, measured_gains, norm_product_gains
 from t3c_compile.passes.pipeline import PASSES, Pipeline, PipelineSyntaxError, default_pipeline
 from t3c_compile.passes.specialize import Specialize
