@@ -18,12 +18,15 @@ from t3c_compile.passes.state import state_names
 _TORCH = Path(torch.__file__).parent
 
 
-def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> ElasticGraphModule:
+def capture(
+    model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None, share: bool = False
+) -> ElasticGraphModule:
     """Capture ``model`` with ``torch.export`` (non-strict), once in eval and once in train mode.
 
     ``example_inputs`` are positional. With ``dynamic_shapes`` None, dimension 0 of every tensor input is the batch and
     is kept free where the model allows it; where it does not, it is fixed and the report says so. A program already
-    exported (a ``.pt2`` file's module) has one graph, which then serves both modes.
+    exported (a ``.pt2`` file's module) has one graph, which then serves both modes. With ``share``, parameters stay the
+    model's until ``own_parameters`` copies those that are left: what passes replace needs no copy.
 
     Raises:
         CaptureError: the inputs do not fit the model, or it cannot be exported (with the reason and the line).
@@ -68,7 +71,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     for captured in (evaluated, trained):
         # What forward never reads would be a parameter without a gradient, which DDP does not allow.
         erase_dead_attrs(captured)
-    elastic = ElasticGraphModule(_Both(evaluated, trained), evaluated.graph, trained.graph)
+    elastic = ElasticGraphModule(_Both(evaluated, trained, share), evaluated.graph, trained.graph)
     elastic.meta["t3c_dynamic_shapes"] = _one_by_one(shapes, len(inputs))
     elastic.meta["t3c_two_rows"] = inputs is not example_inputs
     elastic.meta["t3c_batch_is_free"] = _batch_is_free(evaluated)
@@ -170,16 +173,21 @@ def _rename_clashes(evaluated: GraphModule, trained: GraphModule) -> None:
 
 
 class _Both(nn.Module):
-    """The tensors of both captures by name, copied (export shares them with the model); tied ones stay tied."""
+    """The tensors of both captures by name, copied (export shares them with the model); tied ones stay tied.
 
-    def __init__(self, evaluated: GraphModule, trained: GraphModule) -> None:
+    With ``share``, parameters are not copied.
+    """
+
+    def __init__(self, evaluated: GraphModule, trained: GraphModule, share: bool) -> None:
         super().__init__()
         copies: dict[int, Tensor] = {}
         for module in (trained, evaluated):
             named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
             for name, tensor in named:
                 if id(tensor) not in copies:
-                    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+                    copy = tensor.detach()
+                    if not (share and isinstance(tensor, nn.Parameter)):
+                        copy = copy.clone(memory_format=torch.contiguous_format)
                     needs = tensor.requires_grad
                     copies[id(tensor)] = nn.Parameter(copy, needs) if isinstance(tensor, nn.Parameter) else copy
                 place_tensor(self, name, copies[id(tensor)])

@@ -14,8 +14,9 @@ from torch.fx import GraphModule
 from t3c_compile.passes.base import Pass
 from t3c_compile.passes.elastic import CpConv2d, DenseConv2d, SvdConv2d, Tucker2Conv2d
 from t3c_compile.passes.find_elastic_layers import Candidate
-from t3c_compile.passes.low_rank import left_basis, svd_factors
-from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
+from t3c_compile.passes.low_rank import left_basis
+from t3c_compile.passes.replace import candidates, kept_svd, replace_with_elastic
+from t3c_compile.passes.resume import kept_factors
 
 _CP_BLOCK = 8
 
@@ -51,11 +52,13 @@ class DecomposeConv(Pass):
         if candidate.form == "dense":
             return DenseConv2d(weight, bias, candidate.conv, candidate.groups)
         if candidate.form == "svd":
-            v, u = svd_factors(weight[:, :, 0, 0], moments_of(gm, candidate.layer), self.damping)
+            v, u = kept_svd(gm, candidate.layer, weight[:, :, 0, 0], self.damping)
             return SvdConv2d(v, u, bias, candidate.conv)
         if candidate.form == "cp":
-            return CpConv2d(*cp_factors(weight), bias, candidate.conv)
-        return Tucker2Conv2d(*tucker2_factors(weight), bias, candidate.conv)
+            v, core, u = kept_factors(gm, candidate.layer, "cp", [weight], lambda: cp_factors(weight))
+            return CpConv2d(v, core, u, bias, candidate.conv)
+        v, core, u = kept_factors(gm, candidate.layer, "tucker2", [weight], lambda: tucker2_factors(weight))
+        return Tucker2Conv2d(v, core, u, bias, candidate.conv)
 
 
 def tucker2_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,7 @@ from torch.fx import GraphModule
 from t3c_compile.passes.base import Pass
 from t3c_compile.passes.elastic import DenseLinear, SvdLinear
 from t3c_compile.passes.find_elastic_layers import Candidate
-from t3c_compile.passes.low_rank import svd_factors
-from t3c_compile.passes.replace import candidates, moments_of, replace_with_elastic
+from t3c_compile.passes.replace import candidates, kept_svd, replace_with_elastic
 
 
 @dataclass(frozen=True)
@@ -33,5 +32,5 @@ class DecomposeLinear(Pass):
     def _build(self, gm: GraphModule, candidate: Candidate, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if candidate.form == "dense":
             return DenseLinear(weight, bias)
-        v, u = svd_factors(weight, moments_of(gm, candidate.layer), self.damping)
+        v, u = kept_svd(gm, candidate.layer, weight, self.damping)
         return SvdLinear(v, u, bias)

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,15 @@ class ElasticGraphModule(GraphModule):
         self._select(mode)
         return self
 
+    def recompile(self) -> Any:
+        code = super().recompile()
+        cls = type(self)
+        # FSDP2 runs a module in a subclass of its own. There recompiling wraps the call a second time, and the two
+        # wrappers would call each other for ever.
+        if any("_wrapped_call" in vars(base) for base in cls.__mro__[1:]):
+            del cls._wrapped_call, cls.__call__
+        return code
+
     def run_pass(self, apply: Any) -> None:
         """Run a pass (a callable on a GraphModule) over both graphs in turn, evaluation first."""
         for training in (False, True):
@@ -93,6 +102,14 @@ class ElasticGraphModule(GraphModule):
         for _, layer in elastic_layers(self):
             if layer.gate is not None:
                 layer.gate.open()
+
+    def to_dense(
+        self, model: nn.Module | None = None, options: Mapping[str, Option] | None = None
+    ) -> dict[str, Tensor]:
+        """Back to the original architecture: see :func:`t3c_compile.passes.to_dense.to_dense`."""
+        from t3c_compile.passes.to_dense import to_dense
+
+        return to_dense(self, model, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ElasticGraphModule":
         with _quiet():
@@ -174,9 +191,23 @@ def place_tensor(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 @torch.no_grad()
+def own_parameters(module: nn.Module, model: nn.Module) -> None:
+    """Give every parameter of ``module`` that lies in the memory of one of ``model``'s memory of its own."""
+    foreign = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for parameter in module.parameters():
+        if parameter.untyped_storage().data_ptr() in foreign:
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
 def tensors_are_finite(module: nn.Module) -> str | None:
     """The name of the first parameter holding NaN or infinity; None when all are finite."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        # The extremes, because isfinite() of all would be a second tensor of the parameter's size.
+        if parameter.is_floating_point() and parameter.numel() and not _is_finite(parameter):
             return name
     return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -24,22 +24,23 @@ def svd_factors(weight: Tensor, moment: Tensor | None, damping: float) -> tuple[
     """
     w = weight.detach()
     m, n = w.shape
+    # What stays is allocated ahead of what goes, or the heap would keep holes between the layers' factors.
+    u, v = w.new_empty(m, min(m, n)), w.new_empty(min(m, n), n)
     damped = None if moment is None else _damped(moment, damping)
     if m <= n:
-        u = left_basis(w, damped)
-        v = w.new_empty(m, n)
-        _multiply(w.T, u, v.T)
-        return v, u.to(w.dtype)
+        basis = left_basis(w, damped)
+        _multiply(w.T, basis, v.T)
+        u.copy_(basis)
+        return v, u
     root = None if damped is None else torch.linalg.cholesky(damped)
     gram = _gram(w.T, _dtype(n, moment))
     right = _eigenvectors(gram if root is None else root.T @ gram @ root)
-    u = w.new_empty(m, n)
     _multiply(w, right if root is None else root @ right, u)
     # U = W S P / norms and V = norms P^T / S: their product is W however P's directions are rounded.
     norms = torch.linalg.vector_norm(u, dim=0).clamp_min(torch.finfo(u.dtype).tiny)
     u /= norms
-    v = right.T if root is None else torch.linalg.solve_triangular(root, right.T, upper=False, left=False)
-    v = (norms[:, None] * v).to(w.dtype)
+    v.copy_(right.T if root is None else torch.linalg.solve_triangular(root, right.T, upper=False, left=False))
+    v *= norms[:, None]
     if norms[-1] < 1e5 * torch.finfo(right.dtype).eps * norms[0]:
         # The least components hold the rounding of the greatest.
         u, triangle = torch.linalg.qr(u)

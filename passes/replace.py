@@ -12,7 +12,10 @@ from t3c_compile.passes.base import LayerRecord, add_call, erase_dead_attrs, get
 from t3c_compile.passes.elastic import ElasticLayer
 from t3c_compile.passes.errors import PassConditionError
 from t3c_compile.passes.find_elastic_layers import Candidate, op_name
+from t3c_compile.passes.low_rank import svd_factors
 from t3c_compile.passes.parameter_view import parameter_view
+from t3c_compile.passes.record_moments import InputMoments
+from t3c_compile.passes.resume import Factors, kept_factors
 from t3c_compile.passes.to_dense import Source
 
 _PASSES = {"linear": "decompose-linear", "conv2d": "decompose-conv", "table": "replace-table"}
@@ -41,10 +44,12 @@ def restored_layer(gm: GraphModule, layer: str, weight: Tensor) -> ElasticLayer 
     return restored[layer]
 
 
-def moments_of(gm: GraphModule, layer: str) -> Tensor | None:
-    """Second moment of a layer's inputs as ``record-moments`` left it."""
-    moments: dict[str, Tensor] = gm.meta.get("t3c_moments", {})
-    return moments.get(layer)
+def kept_svd(gm: GraphModule, layer: str, weight: Tensor, damping: float) -> Factors:
+    """:func:`svd_factors` of a layer, whitened by what ``record_moments`` left, from the folder to resume from."""
+    moments: InputMoments | None = gm.meta.get("t3c_moments")
+    moment = None if moments is None else moments.get(layer)
+    options = f"svd damping={damping}"
+    return kept_factors(gm, layer, options, [weight, moment], lambda: svd_factors(weight, moment, damping))
 
 
 @torch.no_grad()
@@ -68,6 +73,7 @@ def replace_with_elastic(gm: GraphModule, node: Node, candidate: Candidate, buil
         sources = gm.meta.setdefault("t3c_sources", {})
         sources[candidate.layer] = {leaf: Source.of(gm, view) for leaf, view in views.items()}
         gm.add_submodule(candidate.layer, layer)
+        gm.meta.get("t3c_layer_done", lambda candidate: None)(candidate)
     layer = gm.get_submodule(candidate.layer)
     assert isinstance(layer, ElasticLayer)
     with gm.graph.inserting_before(node):

@@ -1,19 +1,22 @@
 """``transform``: a model goes in, an elastic ``torch.fx.GraphModule`` comes out."""
 
+import ctypes
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from t3c_compile.passes.base import Pass
 from t3c_compile.passes.capture import capture
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import NothingToCompressError, T3CError
-from t3c_compile.passes.find_elastic_layers import FindElasticLayers
-from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.passes.find_elastic_layers import Candidate, FindElasticLayers
+from t3c_compile.passes.graph import ElasticGraphModule, own_parameters
+from t3c_compile.passes.low_rank import svd_flops
 from t3c_compile.passes.pipeline import Pipeline, default_pipeline
 from t3c_compile.passes.record_moments import record_moments
 
@@ -56,6 +59,7 @@ def transform(
     dynamic_shapes: Any = None,
     calibration: Iterable[Inputs] | None = None,
     progress: bool = False,
+    resume: str | os.PathLike[str] | None = None,
 ) -> ElasticGraphModule:
     """Rewrite ``model`` into an elastic graph module; ``model`` itself is left as it was.
 
@@ -68,30 +72,42 @@ def transform(
         config: choices; the default suits most models.
         dynamic_shapes: as ``torch.export`` takes it; None keeps dimension 0 of every input free where it can.
         calibration: input tuples; with them SVD is whitened by the inputs' second moments.
-        progress: show a progress bar.
+        progress: show a progress bar with the time left.
+        resume: a folder for the factors as they are made. A transform that was cut short finds there what it had made;
+            what belongs to other weights or options is not read. Delete the folder when the model is saved.
 
     Raises:
         CaptureError, BadWeightsError, NothingToCompressError: before any long work.
+        T3CError: the folder to resume from cannot be written to.
     """
     config = config or Config()
-    elastic = capture(model, example_inputs, dynamic_shapes)
-    elastic.meta["t3c_config"] = config
-    pipeline = pipeline_of(config)
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("transform", total=len(pipeline.passes))
-
-        def before(p: Pass) -> None:
-            bar.update(task, description=p.name, advance=1)
-
-        pipeline.until(FindElasticLayers.name).run(elastic, before)
-        _require_candidates(elastic)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress, transient=True) as bar:
+        task = bar.add_task("capture", total=None)
+        elastic = capture(model, example_inputs, dynamic_shapes, share=True)
+        elastic.meta["t3c_config"] = config
+        pipeline = pipeline_of(config)
+        pipeline.until(FindElasticLayers.name).run(elastic)
+        work = _work(elastic)
         training = elastic.training
         elastic.eval()
         if calibration is not None:
             record_moments(elastic, calibration)
-        pipeline.after(FindElasticLayers.name).run(elastic, before)
-        elastic.meta.pop("t3c_moments", None)
-    observe(elastic, [example_inputs])
+        if resume is not None:
+            elastic.meta["t3c_resume"] = _folder(resume)
+        bar.update(task, total=sum(work.values()))
+
+        def done(candidate: Candidate) -> None:
+            bar.update(task, description=candidate.layer, advance=work.get(candidate.layer, 0.0))
+            _return_freed_memory()
+
+        elastic.meta["t3c_layer_done"] = done
+        pipeline.after(FindElasticLayers.name).run(elastic)
+        for key in ("t3c_moments", "t3c_resume", "t3c_layer_done"):
+            elastic.meta.pop(key, None)
+        bar.update(task, description="activation ranges")
+        observe(elastic, [example_inputs])
+        own_parameters(elastic, model)
     return elastic.train(training)
 
 
@@ -100,13 +116,39 @@ def pipeline_of(config: Config) -> Pipeline:
     return default_pipeline(FindElasticLayers(config.conv, config.rank_multiple, " ".join(config.keep)))
 
 
-def _require_candidates(elastic: ElasticGraphModule) -> None:
-    if not any("t3c_candidate" in node.meta for node in elastic.eval_graph.nodes):
+def _return_freed_memory() -> None:
+    """glibc keeps what a layer's work has freed: as holes between the factors that stay, a fifth of the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise T3CError(f"the folder to resume from, {folder}, cannot be made: {error}") from error
+    return folder
+
+
+def _work(elastic: ElasticGraphModule) -> dict[str, float]:
+    """Operations to decompose each layer found, nearly."""
+    found = [node.meta.get("t3c_candidate") for node in elastic.eval_graph.nodes]
+    candidates = [candidate for candidate in found if isinstance(candidate, Candidate)]
+    if not candidates:
         kept = "; ".join(f"{r.layer} ({r.op}): {r.reason}" for r in elastic.report.kept.values())
         raise NothingToCompressError(
-            "the model has nothing to compress: no linear or 2-d convolution with a float32 parameter of its own"
+            "the model has nothing to compress: no linear, convolution or embedding with a float32 weight of its own"
             + (f". Kept: {kept}" if kept else "")
         )
+    work: dict[str, float] = {}
+    for candidate in candidates:
+        weight = candidate.weight.of(elastic)
+        sides = {"dense": 0, "svd": 1}.get(candidate.form, 2)
+        sizes = [(size, weight.numel() // size) for size in weight.shape[:sides]]
+        work[candidate.layer] = weight.numel() + sum(svd_flops(m, n) for m, n in sizes)
+    return work
 
 
 @torch.no_grad()
@@ -117,17 +159,22 @@ def observe(elastic: ElasticGraphModule, batches: Iterable[Inputs]) -> None:
     """
     training = elastic.training
     elastic.eval()
+    layers = [layer for _, layer in elastic_layers(elastic)]
     quantizers = [
         quantizer
-        for _, layer in elastic_layers(elastic)
+        for layer in layers
         for quantizer in (layer.x_quant, layer.h_quant, layer.g_quant)
         if quantizer is not None
     ]
     for quantizer in quantizers:
         quantizer.reset()
         quantizer.training = True
+    for layer in layers:
+        layer.unrounded = layer.gate is None or float(layer.gate.bits) >= 32
     try:
         for inputs in batches:
             elastic(*inputs)
     finally:
+        for layer in layers:
+            layer.unrounded = False
         elastic.train(training)

@@ -35,6 +35,8 @@ class ElasticLayer(nn.Module):
     """The ATen op it becomes at 32 bits; dense layers have one."""
     middles: ClassVar[tuple[str, ...]] = ()
     """Names of the int8 tensors between factors: ``h``, then ``g``."""
+    unrounded = False
+    """Set while the model is known to be at 32 bits, where rounding a weight would only copy it."""
 
     def __init__(self, max_rank: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class ElasticLayer(nn.Module):
 
     def _rounded(self, factor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """``factor`` as training sees it, one scale over ``dim``."""
-        if self.x_quant is None:
+        if self.x_quant is None or self.unrounded:
             return factor
         rounded: Tensor = fake_quantize_weight(factor, weight_scale(factor.detach(), dim), self._bits())
         return rounded
@@ -94,7 +96,7 @@ class ElasticLayer(nn.Module):
         """The last factor [m, R] in units of its component scale, and that scale [R], which the middle carries."""
         scale = weight_scale(u.detach(), 0)
         normalized = u / scale
-        if self.x_quant is not None:
+        if self.x_quant is not None and not self.unrounded:
             normalized = fake_quantize_weight(normalized, torch.ones(()), self._bits())
         return normalized, scale[0]
 

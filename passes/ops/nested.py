@@ -30,4 +30,6 @@ def keep_top_bits(q: Tensor, bits: Tensor | int) -> Tensor:
 
 def weight_scale(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Scale that maps the largest magnitude over ``dim`` to 119; kept dims, never zero."""
-    return weight.abs().amax(dim=dim, keepdim=True).clamp_min(1e-12) / WEIGHT_QMAX
+    # Not abs().amax(): that would make a second tensor of the weight's size.
+    greatest = torch.maximum(weight.amax(dim=dim, keepdim=True), -weight.amin(dim=dim, keepdim=True))
+    return greatest.clamp_min(1e-12) / WEIGHT_QMAX
