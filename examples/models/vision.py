@@ -10,16 +10,11 @@ from torch import Tensor, nn
 from examples.models import Builder
 from examples.models.torchvision_import import import_torchvision
 
+import_torchvision()
+import timm  # noqa: E402
+from torchvision import models  # noqa: E402
+
 _SMALL_CLASSES = 16
-
-
-def _libraries() -> tuple[Any, Any]:
-    """(torchvision.models, timm)."""
-    import_torchvision()
-    import timm
-    import torchvision.models
-
-    return torchvision.models, timm
 
 
 @torch.no_grad()
@@ -62,7 +57,6 @@ def _builder(name: str, make: Callable[[bool], nn.Module], sizes: tuple[int, int
 
 def _resnet(layers: list[int], small: list[int]) -> Callable[[bool], nn.Module]:
     def make(is_small: bool) -> nn.Module:
-        models, timm = _libraries()
         if is_small:
             return timm.models.resnet.ResNet(
                 timm.models.resnet.Bottleneck,
@@ -78,7 +72,6 @@ def _resnet(layers: list[int], small: list[int]) -> Callable[[bool], nn.Module]:
 
 def _vit(layers: int, width: int, heads: int, small_layers: int) -> Callable[[bool], nn.Module]:
     def make(small: bool) -> nn.Module:
-        models, _ = _libraries()
         if small:
             return models.VisionTransformer(64, 16, small_layers, 2, 64, 160, num_classes=_SMALL_CLASSES)
         return models.VisionTransformer(224, 16, layers, heads, width, 4 * width)
@@ -87,7 +80,6 @@ def _vit(layers: int, width: int, heads: int, small_layers: int) -> Callable[[bo
 
 
 def _swin_t(small: bool) -> nn.Module:
-    models, _ = _libraries()
     if small:
         return models.SwinTransformer([4, 4], 48, [2, 2], [2, 4], [4, 4], num_classes=_SMALL_CLASSES)
     return models.SwinTransformer([4, 4], 96, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.2)
@@ -100,7 +92,6 @@ def _timm(
     too."""
 
     def make(is_small: bool) -> nn.Module:
-        _, timm = _libraries()
         if is_small:
             return timm.create_model(small_name or name, num_classes=_SMALL_CLASSES, **both, **small)
         return timm.create_model(name, **both)
