@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from t3c_compile.artifact import lower
     from t3c_compile.budget import Budget, BudgetError
+    from t3c_compile.checkpoint import Checkpoint, CheckpointError, restore
     from t3c_compile.manifest import ArtifactError
     from t3c_compile.passes.errors import T3CError
+    from t3c_compile.passes.state import load_state
     from t3c_compile.runtime import InputError, Session, load
     from t3c_compile.snapping import snap
     from t3c_compile.training import train
@@ -21,12 +23,16 @@ _HOME = {
     "ArtifactError": "manifest",
     "Budget": "budget",
     "BudgetError": "budget",
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "checkpoint",
     "Config": "transforming",
     "InputError": "runtime",
     "Session": "runtime",
     "T3CError": "passes.errors",
     "load": "runtime",
+    "load_state": "passes.state",
     "lower": "artifact",
+    "restore": "checkpoint",
     "snap": "snapping",
     "train": "training",
     "transform": "transforming",
@@ -36,12 +42,16 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "BudgetError",
+    "Checkpoint",
+    "CheckpointError",
     "Config",
     "InputError",
     "Session",
     "T3CError",
     "load",
+    "load_state",
     "lower",
+    "restore",
     "snap",
     "train",
     "transform",

@@ -51,7 +51,9 @@ class Writer:
             if cls is None:
                 raise FormatError(f"{self._where} is a {type(module).__name__}, which this format does not hold")
             data["class"] = _class_name(cls)
-            data["attributes"] = {k: self.value(v) for k, v in vars(module).items() if k not in _MODULE_INTERNALS}
+            # Torch keeps what it knows of a module (that it is sharded, say) under names with two underscores.
+            own = {k: v for k, v in vars(module).items() if k not in _MODULE_INTERNALS and not k.startswith("__")}
+            data["attributes"] = {name: self.value(value) for name, value in own.items()}
         return data | self.contents(module, name)
 
     def contents(self, module: nn.Module, name: str = "") -> dict[str, Any]:

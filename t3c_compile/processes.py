@@ -41,7 +41,7 @@ def parallel(elastic: ElasticGraphModule) -> nn.Module:
     """
     if count() == 1 or is_sharded(elastic):
         return elastic
-    return nn.parallel.DistributedDataParallel(elastic, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(elastic, forward_sync_buffers=False)
 
 
 @contextmanager
