@@ -75,8 +75,11 @@ def _multiplied_out(
                 continue
             target = source.view.target
             if target not in targets:
-                # Of a packed parameter only some views may be elastic.
-                place_tensor(root, target, held[target] if target in held else tensor.new_zeros(source.shape))
+                # Of a packed parameter only some views may be elastic. A whole layer's own weight has the same name as
+                # the parameter, and a shape of its own.
+                kept = held.get(target)
+                found = kept if kept is not None and kept.shape == source.shape else tensor.new_zeros(source.shape)
+                place_tensor(root, target, found)
                 targets.add(target)
             source.view.of(root).copy_(tensor.detach())
     return {target: get_attr(root, target) for target in targets}
