@@ -119,6 +119,11 @@ def get_target(name: str) -> Target:
     return make()
 
 
+def host_target() -> Target:
+    """The target that is this machine. Raises :class:`UnknownTargetError` where none is."""
+    return get_target("arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64")
+
+
 # What a CPU must have to run code of each instruction set, as Linux names it.
 _CPU_FEATURES = {
     "avx512vnni": _VNNI_FLAGS,

@@ -40,6 +40,7 @@ def lower(
     path: str | os.PathLike[str],
     example_inputs: tuple[Tensor, ...],
     progress: bool = False,
+    measured: bool = True,
 ) -> Path:
     """Lower every profile for every target into the artifact ``path`` (a folder, by custom called ``NAME.t3c``).
 
@@ -49,6 +50,7 @@ def lower(
 
     Args:
         example_inputs: what the exported graphs are traced with, as for ``transform``.
+        measured: False leaves all latencies as the profiles have them.
 
     Raises:
         UnknownTargetError, UnsupportedOpError: before any compiling.
@@ -61,7 +63,7 @@ def lower(
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir()
-        _write(temporary, model, profiles, wanted, example_inputs, progress)
+        _write(temporary, model, profiles, wanted, example_inputs, progress, measured)
         _put_in_place(temporary, final)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
@@ -88,6 +90,7 @@ def _write(
     targets: Sequence[Target],
     example_inputs: tuple[Tensor, ...],
     progress: bool,
+    measured: bool,
 ) -> None:
     # The compiler takes a second to load; importing it here keeps errors of the arguments at once.
     from t3c_compile.backends.tvm.build import build_library
@@ -127,7 +130,8 @@ def _write(
         }
         bar.update(task, advance=1, description="measure")
         (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        _measure(folder, manifest, example_inputs)
+        if measured:
+            _measure(folder, manifest, example_inputs)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
