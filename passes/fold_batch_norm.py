@@ -23,7 +23,7 @@ class FoldBatchNorm(Pass):
 
     For a ``t3c::`` op the norm goes into its float epilogue (``out_gain`` or ``scale``, and ``bias``), so no stored
     integer changes; for a float convolution or linear it goes into weight and bias. A norm in training mode, or one
-    whose input is read elsewhere too, stays as it is.
+    whose input is read elsewhere too, or comes from weights that another call shares, stays as it is.
     """
 
     name: ClassVar[str] = "fold-batch-norm"
@@ -48,6 +48,9 @@ class FoldBatchNorm(Pass):
         tensors = [values[name] for name in ("weight", "bias") if name in values]
         if any(isinstance(tensor, Node) and tensor.op != "get_attr" for tensor in tensors):
             return False  # computed in the graph
+        parameters = [v for v in values.values() if isinstance(v, Node) and v.op == "get_attr"]
+        if any(_readers(gm, get_attr(gm, str(parameter.target))) > 1 for parameter in parameters):
+            return False  # weights that another call shares
         mean, var = (get_attr(gm, str(args[name].target)) for name in ("running_mean", "running_var"))
         gain = torch.rsqrt(var + args["eps"])
         if args["weight"] is not None:
@@ -98,6 +101,11 @@ def owner_of(node: Node) -> str:
         if isinstance(value, Node) and value.op == "get_attr":
             return str(value.target).rpartition(".")[0]
     raise AssertionError(f"{node.name} has no parameter")
+
+
+def _readers(gm: GraphModule, tensor: Tensor) -> int:
+    nodes = [node for node in gm.graph.nodes if node.op == "get_attr"]
+    return sum(len(node.users) for node in nodes if get_attr(gm, str(node.target)) is tensor)
 
 
 def _column(values: Tensor, dims: int) -> Tensor:

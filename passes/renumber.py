@@ -37,6 +37,8 @@ def renumbered(program: ExportedProgram, source: Graph) -> ExportedProgram | Non
     not those of ``source`` in order, so that it must be traced again.
     """
     graph = copy.deepcopy(program.graph)
+    for copied, node in zip(graph.nodes, program.graph.nodes, strict=True):
+        copied.name = node.name  # a copy renames what is called like a Python builtin; the signature does not
     mine, theirs = ([node for node in g.nodes if _is_ours(node)] for g in (graph, source))
     if [node.target for node in mine] != [node.target for node in theirs]:
         return None

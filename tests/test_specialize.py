@@ -136,3 +136,24 @@ def test_every_profile_reexports() -> None:
     program = torch.export.export(graph, inputs, dynamic_shapes=({0: torch.export.Dim.AUTO},))
     x = torch.randn(9, 1, 8, 8)
     assert torch.equal(program.module()(x), graph(x))
+
+
+def test_a_norm_behind_shared_weights_stays() -> None:
+    """Folding it would change the layer's other call too."""
+
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = torch.nn.Linear(16, 16), torch.nn.BatchNorm1d(16)
+            self.norm.running_mean, self.norm.running_var = torch.randn(16), torch.rand(16) + 0.5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.inner(torch.relu(self.inner(x))))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(32, 16),)
+    elastic = transform(Shared().eval(), inputs)
+    options = _profile(elastic, 16, 8)
+    elastic.set_options(options)
+    observe(elastic, [inputs])
+    torch.testing.assert_close(specialize(elastic, options)(*inputs), elastic(*inputs), rtol=1e-4, atol=1e-4)
