@@ -8,12 +8,13 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-from t3c_compile.backends.tvm.convert import Key, Lowering, dims, shape_of
+from t3c_compile.backends.tvm.convert import Key, Lowering
 from t3c_compile.backends.tvm.default_schedule import schedule_module
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import pack
 from t3c_compile.backends.tvm.legalize import legalize
 from t3c_compile.backends.tvm.prepare import prepare
+from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
 PACK = "pack"
 

@@ -20,10 +20,12 @@ from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, attention_f32
 from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, quantize
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.window import Window
+from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 from t3c_compile.passes.errors import T3CError
 
 # A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
@@ -45,6 +47,8 @@ class Lowering:
             spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target
         }
         self.tensors: dict[Key, relax.Var] = {}
+        # Attention's results that lie as [batch, tokens, heads, width], by node.
+        self.tokens_first: dict[fx.Node, relax.Var] = {}
         self.node: Any = None
         self._importer: Any = None
 
@@ -121,16 +125,6 @@ def _check_ops(graph: fx.Graph) -> None:
             + "\nWrite the layer with supported ops, run it outside "
             "the compiled model, or add a converter for the op to CONVERTERS in t3c_compile.backends.tvm.convert."
         )
-
-
-def shape_of(value: relax.Expr) -> list[Any]:
-    """The shape of a Relax tensor: ints where known, else TIR expressions."""
-    return [int(d.value) if isinstance(d, tvm.tirx.IntImm) else d for d in value.ty.shape.values]
-
-
-def dims(shape: list[Any]) -> tuple[int | str, ...]:
-    """``shape`` as kernels take it: a symbolic dimension by name."""
-    return tuple(d if isinstance(d, int) else str(d) for d in shape)
 
 
 def _quantize(lower: Lowering, a: Arguments) -> relax.Var:
@@ -299,23 +293,10 @@ def _conv_transpose3d(lower: Lowering, a: Arguments) -> relax.Var:
 
 
 def _attention(lower: Lowering, a: Arguments) -> relax.Var:
-    """softmax(q k^T * scale + mask) v, as products that have kernels."""
-    q, k, v = (lower.value(a[name]) for name in ("query", "key", "value"))
-    if a["is_causal"] or a["enable_gqa"] or a["dropout_p"]:
-        raise UnsupportedOpError(
-            "scaled_dot_product_attention: give causal masks as attn_mask, repeat grouped heads, no dropout"
-        )
-    scale = a["scale"] or shape_of(q)[-1] ** -0.5
-    order = list(range(len(shape_of(k))))
-    order[-1], order[-2] = order[-2], order[-1]
-    scaled = lower.emit(relax.op.multiply(q, relax.const(scale, "float32")))
-    scores = lower.emit(relax.op.matmul(scaled, lower.emit(relax.op.permute_dims(k, order))))
-    mask = lower.optional(a["attn_mask"])
-    if mask is not None and str(mask.ty.dtype) == "bool":
-        scores = lower.emit(relax.op.where(mask, scores, relax.const(float("-inf"), "float32")))
-    elif mask is not None:
-        scores = lower.emit(relax.op.add(scores, mask))
-    return lower.emit(relax.op.matmul(lower.emit(relax.op.nn.softmax(scores)), v))
+    query = lower.value(a["query"])
+    if str(query.ty.dtype) != "float32" or len(shape_of(query)) not in (3, 4) or a["dropout_p"]:
+        return lower.default()
+    return attention_f32(lower, a)
 
 
 def _slice(lower: Lowering, a: Arguments) -> relax.Var:
@@ -400,4 +381,5 @@ CONVERTERS: dict[str, Converter] = {
     "scaled_dot_product_attention.default": _attention,
     "hardsigmoid.default": partial(_float_expression, _hardsigmoid),
     "hardswish.default": partial(_float_expression, _hardswish),
+    **FLOAT_CONVERTERS,
 }

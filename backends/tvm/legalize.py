@@ -10,9 +10,10 @@ import tvm
 from tvm import relax, te
 from tvm.ir import Expr
 
-from t3c_compile.backends.tvm.convert import dims, shape_of
 from t3c_compile.backends.tvm.kernels import floats, rows, vmath
+from t3c_compile.backends.tvm.kernels.emit import static
 from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
 _ELEMENTWISE = {
     "relax.exp": vmath.exp,
@@ -51,6 +52,7 @@ def _rules(isa: Isa) -> dict[str, Rule]:
     }
     rules = {op: _or_default(op, partial(convert, isa)) for op, convert in kernels.items()}
     rules |= {op: _or_default(op, partial(_elementwise, math)) for op, math in _ELEMENTWISE.items()}
+    rules["relax.multiply"] = _or_default("relax.multiply", _multiply)
     return rules | {op: _as_reshape for op in _RESHAPES}
 
 
@@ -78,6 +80,25 @@ def _elementwise(math: Callable[[Expr], Expr], builder: relax.BlockBuilder, call
     )
 
 
+def _multiply(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+    """A product that stays one: LLVM would join it with a sum after it, and round once where torch rounds twice."""
+    if str(call.ty.dtype) != "float32" or not all(isinstance(a.ty, relax.TensorType) for a in call.args):
+        return None
+    shape = call.ty.shape.values
+
+    def multiply(a: te.Tensor, b: te.Tensor) -> te.Tensor:
+        def element(*index: Expr) -> Expr:
+            return vmath.rounded(broadcast(a, index) * broadcast(b, index))
+
+        return te.compute(shape, element, name="multiply")
+
+    def broadcast(x: te.Tensor, index: tuple[Expr, ...]) -> Expr:
+        inner = index[len(index) - len(x.shape) :]
+        return x(*(0 if static(size) == 1 else i for size, i in zip(x.shape, inner, strict=True)))
+
+    return builder.call_te(multiply, *call.args, primfunc_name_hint="multiply")
+
+
 def _kernel_call(builder: relax.BlockBuilder, kernel: tvm.tirx.PrimFunc, name: str, call: relax.Call) -> relax.Expr:
     return relax.call_tir(builder.add_func(kernel, name), list(call.args), call.ty)
 
@@ -88,9 +109,7 @@ def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Ex
     shared = len(b) == 2
     if len(a) < 2 or str(call.ty.dtype) != "float32" or not (shared or dims(b[:-2]) == dims(batch)):
         return None
-    columns = b[-1]
-    if not isinstance(inputs, int) or not isinstance(columns, int):
-        return None
+    inputs, columns = dims([inputs, b[-1]])
     if shared:
         # One right factor for the whole batch: the batch is rows of one product.
         kernel = floats.matmul(isa, (), dims([*batch, rows]), inputs, columns)
@@ -101,9 +120,9 @@ def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Ex
 
 def _softmax(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
     *lead, count = shape_of(call.args[0])
-    if call.attrs.axis not in (-1, len(lead)) or not isinstance(count, int) or str(call.ty.dtype) != "float32":
+    if call.attrs.axis not in (-1, len(lead)) or str(call.ty.dtype) != "float32":
         return None
-    return _kernel_call(builder, rows.softmax(isa, dims(lead), count), "softmax", call)
+    return _kernel_call(builder, rows.softmax(isa, dims(lead), dims([count])[0]), "softmax", call)
 
 
 def _layer_norm(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:

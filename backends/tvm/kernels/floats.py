@@ -95,7 +95,10 @@ def float_product(
     """
     count, wide = static(rows), static(columns)
     few = count is not None and count <= 2
-    most, vectors = tile_shape(isa, 8 if wide is None else ceil_div(wide, lanes), lanes, few)
+    if wide is None and lanes == 1:
+        most, vectors = 4, 1  # columns fewer than a vector's lanes
+    else:
+        most, vectors = tile_shape(isa, 8 if wide is None else ceil_div(wide, lanes), lanes, few)
     width = vectors * lanes
     panels, row_chunks = ceil_div(columns, width), ceil_div(rows, CHUNK_ROWS)
 

@@ -5,6 +5,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import top_bits
+from t3c_compile.backends.tvm.kernels.vmath import rounded
 
 
 def quantize(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
@@ -23,7 +24,11 @@ def quantize(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
 
 def dequantize(q: te.Tensor, numbers: te.Tensor) -> te.Tensor:
     """int8 to float32: ``(q - numbers[1]) * numbers[0]``; ``numbers``: float32 scale and zero point."""
-    return te.compute(q.shape, lambda *i: (T.cast(q(*i), "float32") - numbers(1)) * numbers(0), name="dequantize")
+
+    def element(*index: Expr) -> Expr:
+        return rounded((T.cast(q(*index), "float32") - numbers(1)) * numbers(0))
+
+    return te.compute(q.shape, element, name="dequantize")
 
 
 def embedding(indices: te.Tensor, weight: te.Tensor, scale: te.Tensor, bits: int) -> te.Tensor:
@@ -32,6 +37,6 @@ def embedding(indices: te.Tensor, weight: te.Tensor, scale: te.Tensor, bits: int
 
     def element(*index: Expr) -> Expr:
         row = T.max(T.min(indices(*index[:-1]), T.cast(last, indices.dtype)), T.cast(0, indices.dtype))
-        return T.cast(top_bits(weight(row, index[-1]), bits, 1), "float32") * scale(row)
+        return rounded(T.cast(top_bits(weight(row, index[-1]), bits, 1), "float32") * scale(row))
 
     return te.compute((*indices.shape, weight.shape[1]), element, name="embedding")

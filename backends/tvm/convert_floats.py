@@ -1,0 +1,150 @@
+"""Float stages to Relax: the ``t3c::`` ops of ``passes.ops.float_stages``, and attention as ATen has it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from tvm import relax, te
+from tvm.ir import Expr
+
+from t3c_compile.backends.tvm.kernels import rows, vmath
+from t3c_compile.backends.tvm.kernels.attention import AttentionSpec, attention
+from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
+from t3c_compile.passes.ops.elementwise import FUNCTIONS
+
+if TYPE_CHECKING:
+    from t3c_compile.backends.tvm.convert import Arguments, Converter, Lowering
+
+_SWAP = [0, 2, 1, 3]
+
+
+def _elementwise(function: Callable[[Expr], Expr], lower: "Lowering", a: "Arguments") -> relax.Var:
+    def element(x: te.Tensor) -> te.Tensor:
+        return te.compute(x.shape, lambda *i: function(x(*i)), name=function.__name__)
+
+    element.__name__ = function.__name__
+    return lower.expression(element, lower.value(a["x"]))
+
+
+def _layer_norm(lower: "Lowering", a: "Arguments") -> relax.Var:
+    x, weight, bias = lower.value(a["x"]), lower.optional(a["weight"]), lower.optional(a["bias"])
+    *lead, count = shape_of(x)
+    kernel = rows.layer_norm(
+        lower.isa, dims(lead), dims([count])[0], weight is not None, bias is not None, float(a["eps"])
+    )
+    return lower.call(kernel, [x, weight, bias], [*lead, count], "float32")
+
+
+def _rms_norm(lower: "Lowering", a: "Arguments") -> relax.Var:
+    x, weight = lower.value(a["x"]), lower.optional(a["weight"])
+    *lead, count = shape_of(x)
+    kernel = rows.rms_norm(lower.isa, dims(lead), dims([count])[0], weight is not None, float(a["eps"]))
+    return lower.call(kernel, [x, weight], [*lead, count], "float32")
+
+
+def _softmax(lower: "Lowering", a: "Arguments") -> relax.Var:
+    return lower.emit(relax.op.nn.softmax(lower.value(a["x"])))
+
+
+def _mean(lower: "Lowering", a: "Arguments") -> relax.Var:
+    x, over = lower.value(a["x"]), list(a["dim"])
+    shape = shape_of(x)
+    kept = [d for d in range(len(shape)) if d not in over]
+    first, last = over[0], over[-1]
+    if last - first + 1 != len(over):
+        x = lower.emit(relax.op.permute_dims(x, kept + over))
+        sizes = dims([shape[d] for d in kept]), dims([shape[d] for d in over]), ()
+    else:
+        sizes = dims(shape[:first]), dims(shape[first : last + 1]), dims(shape[last + 1 :])
+    y = lower.call(rows.mean(lower.isa, *sizes), [x], [shape[d] for d in kept], "float32")
+    if not a["keepdim"]:
+        return y
+    return lower.emit(relax.op.reshape(y, [1 if d in over else size for d, size in enumerate(shape)]))
+
+
+def _matmul(lower: "Lowering", a: "Arguments") -> relax.Var:
+    x, y = lower.value(a["a"]), lower.value(a["b"])
+    lead = lower.node.meta["val"].dim() - 2
+    shapes = [[1] * (lead + 2 - len(shape)) + shape for shape in (shape_of(x), shape_of(y))]
+    if lead and dims(shapes[0][:-2]) != dims(shapes[1][:-2]):
+        common = [q if p == 1 else p for p, q in zip(shapes[0][:-2], shapes[1][:-2], strict=True)]
+        x, y = (
+            t if dims(shape[:-2]) == dims(common) else lower.emit(relax.op.broadcast_to(t, [*common, *shape[-2:]]))
+            for t, shape in zip((x, y), shapes, strict=True)
+        )
+    return lower.emit(relax.op.matmul(x, y))
+
+
+def _swaps_tokens(node: Any) -> bool:
+    """Whether ``node`` exchanges tokens and heads."""
+    if not isinstance(node, fx.Node) or node.target != torch.ops.aten.permute.default:
+        return False
+    order: Any = node.args[1]
+    return [d % len(order) for d in order] == _SWAP
+
+
+def attention_f32(lower: "Lowering", a: "Arguments") -> relax.Var:
+    """Both ``t3c::attention_f32`` and ATen's, whose inputs may have three dimensions.
+
+    Where an input or the output is transposed to or from [batch, tokens, heads, width], the kernel reads and writes it
+    as it lies.
+    """
+    nodes = [a["query"], a["key"], a["value"]]
+    plain = [lower.value(node) for node in nodes]
+    four = len(shape_of(plain[0])) == 4
+    first = [four and _swaps_tokens(node) for node in nodes]
+    tensors = [lower.value(node.args[0]) if f else x for node, f, x in zip(nodes, first, plain, strict=True)]
+    shapes = [shape_of(x) for x in plain]
+    if not four:
+        shapes = [[batch, 1, tokens, width] for batch, tokens, width in shapes]
+        tensors = [lower.emit(relax.op.reshape(x, shape)) for x, shape in zip(tensors, shapes, strict=True)]
+    (batch, heads, count, width), (_, groups, keys, _), (*_, value_width) = shapes
+    mask = lower.optional(a["attn_mask"])
+    mask_shape: list[Any] = []
+    if mask is not None:
+        mask_shape = shape_of(mask)
+        lead = mask_shape[:-2]
+        lead = [1] * (2 - len(lead)) + lead if four or not lead else [*lead, 1]
+        mask_shape = [*lead, *mask_shape[-2:]]
+        mask = lower.emit(relax.op.reshape(mask, mask_shape))
+    last = four and bool(lower.node.users) and all(_swaps_tokens(user) for user in lower.node.users)
+    spec = AttentionSpec(
+        dims([batch])[0],
+        groups,
+        heads // groups,
+        *dims([count, keys]),
+        width,
+        value_width,
+        float(a["scale"] or width**-0.5),
+        bool(a["is_causal"]),
+        None if mask is None else str(mask.ty.dtype),
+        dims(mask_shape),
+        (*first, last),  # type: ignore[arg-type]
+    )
+    shape = [batch, count, heads, value_width] if last else [batch, heads, count, value_width]
+    y = lower.call(attention(lower.isa, spec), [*tensors, mask], shape, "float32")
+    if last:
+        lower.tokens_first[lower.node] = y
+        return lower.emit(relax.op.permute_dims(y, _SWAP))
+    return y if four else lower.emit(relax.op.reshape(y, [batch, count, value_width]))
+
+
+def _permute(lower: "Lowering", a: "Arguments") -> relax.Var:
+    x = a["self"]
+    if x in lower.tokens_first and _swaps_tokens(lower.node):
+        return lower.tokens_first[x]
+    return lower.default()
+
+
+FLOAT_CONVERTERS: dict[str, "Converter"] = {
+    **{f"{name}.default": partial(_elementwise, getattr(vmath, name.removesuffix("_f32"))) for name in FUNCTIONS},
+    "layer_norm_f32.default": _layer_norm,
+    "rms_norm_f32.default": _rms_norm,
+    "softmax_f32.default": _softmax,
+    "mean_f32.default": _mean,
+    "matmul_f32.default": _matmul,
+    "attention_f32.default": attention_f32,
+    "permute.default": _permute,
+}
