@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from t3c_compile.passes.errors import T3CError
 from t3c_compile.show import show, summarize_options
 
 _MODEL_HELP = "package.module:callable, a .pt2 or .onnx file, or a t3c checkpoint"
+# What each format of `export` is: the folder of ONNX files, or a dialect of torch-mlir.
+_FORMATS = {
+    "onnx": "",
+    "mlir-torch": "torch",
+    "mlir-linalg": "linalg-on-tensors",
+    "mlir-tosa": "tosa",
+    "mlir-stablehlo": "stablehlo",
+}
 _DATA_HELP = "package.module:callable returning batches of (*inputs, labels)"
 
 
@@ -64,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
     c = add("export", _export, "snap a model to profiles and write each as a file for other runtimes")
     _add_model(c)
-    c.add_argument("--format", choices=("onnx",), default="onnx", help="what to write (default onnx)")
+    c.add_argument("--format", choices=_FORMATS, default="onnx", help="what to write (default onnx)")
     c.add_argument("--target", action="append", help="whose ranks and widths profiles have (default x86_64)")
     c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
     c.add_argument("-o", "--output", required=True, help="folder to write, such as MODEL-onnx")
@@ -163,14 +172,25 @@ def _lower(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from t3c_compile.backends.onnx import export_onnx, require_onnx
+    dialect = _FORMATS[arguments.format]
+    export: Any
+    if dialect:
+        from t3c_compile.backends.mlir import export_mlir, require_mlir
 
-    require_onnx()
+        require_mlir()
+        export = partial(export_mlir, dialect=dialect)
+    else:
+        from t3c_compile.backends.onnx import export_onnx, require_onnx
+
+        require_onnx()
+        export = export_onnx
     targets = [get_target(name) for name in arguments.target or ["x86_64"]]
     output = _writable(arguments.output)
     checkpoint, profiles = _snap(arguments, targets)
-    export_onnx(checkpoint.model, profiles.profiles, output, checkpoint.example_inputs)
-    _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
+    export(checkpoint.model, profiles.profiles, output, checkpoint.example_inputs)
+    suffix = "mlir" if dialect else "onnx"
+    files = {f"{profile.name}.{suffix}": profile.to_json() for profile in profiles.profiles}
+    _show_files(arguments.output, files, arguments.json)
 
 
 def _snap(arguments: argparse.Namespace, targets: list[Any]) -> tuple[Any, Any]:
@@ -226,7 +246,9 @@ def _random_inputs(inputs: list[dict[str, Any]]) -> list[Any]:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     if any(Path(arguments.artifact).glob("*.onnx")):
-        _inspect_onnx(arguments)
+        from t3c_compile.backends.onnx import read_profiles
+
+        _show_files(arguments.artifact, read_profiles(arguments.artifact), arguments.json)
         return
     manifest = read_manifest(Path(arguments.artifact))
     rows = []
@@ -240,15 +262,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
     show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
 
 
-def _inspect_onnx(arguments: argparse.Namespace) -> None:
-    from t3c_compile.backends.onnx import read_profiles
-
+def _show_files(folder: str, profiles: dict[str, dict[str, Any]], as_json: bool) -> None:
+    """A table of exported files by name; each has its profile as ``Profile.to_json`` gives it."""
     rows = []
-    for file, profile in read_profiles(arguments.artifact).items():
+    for file, profile in profiles.items():
         row = {"file": file, **summarize_options(profile["options"]), "size_kb": profile["size_bytes"] / 1e3}
         row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
         rows.append(row | {"certificate": profile["certificate"]["bound"]})
-    show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
+    show(f"{folder}: accuracy and KL on calibration data", rows, as_json)
 
 
 def _targets(arguments: argparse.Namespace) -> None:
