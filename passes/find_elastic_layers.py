@@ -29,6 +29,7 @@ _PRODUCT = (
 _COMPUTED = "the weight is computed in the graph (parametrized or generated), not a parameter"
 _CONV1D = "a 1-d convolution stays whole until normalize-conv has written it as a 2-d one"
 _CONV3D = "a 3-d convolution stays whole, in float, unless its kernel is 1x1x1 and its image size fixed"
+_BAG = "a bag of embeddings (sums of rows) stays whole, in float"
 _TRANSPOSED = "a transposed convolution stays whole, in float"
 
 _KEPT_WHOLE = {
@@ -38,7 +39,7 @@ _KEPT_WHOLE = {
     **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), _CONV3D),
     **dict.fromkeys((aten.convolution.default, aten.conv_transpose1d.default), _TRANSPOSED),
     **dict.fromkeys((aten.conv_transpose2d.input, aten.conv_transpose3d.input), _TRANSPOSED),
-    aten.embedding_bag.default: "a bag of embeddings (sums of rows) stays whole, in float",
+    **dict.fromkeys((aten.embedding_bag.default, aten.embedding_bag.padding_idx), _BAG),
     **dict.fromkeys((aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru.data), _RECURRENT),
     **dict.fromkeys((aten.rnn_tanh.input, aten.rnn_relu.input, aten.rnn_tanh.data, aten.rnn_relu.data), _RECURRENT),
     aten.bilinear.default: "a bilinear product has two inputs",
@@ -218,10 +219,7 @@ def _refusal(mine: Candidate, sharing: list[Candidate], strangers: list[Node]) -
     if strangers:
         names = ", ".join(sorted({f"{op_name(node)} ({node.name})" for node in strangers}))
         return f"the weight {mine.weight.target} is also read by {names}"
-    tied = any(candidate.look_up for candidate in sharing)
-    if tied and any(candidate.kind == "conv2d" for candidate in sharing):
-        return f"the weight {mine.weight.target} is shared by an embedding and a convolution"
-    if not tied and len({(candidate.conv, candidate.groups) for candidate in sharing}) > 1:
+    if len({(candidate.conv, candidate.groups) for candidate in sharing}) > 1:
         return f"the weight {mine.weight.target} is shared by convolutions that differ in stride, padding or dilation"
     return ""
 
@@ -287,10 +285,15 @@ def elastic_name(weight: str) -> str:
 
 def layer_name(node: Node) -> str:
     """The user's name for a node: its weight's owner, else its innermost module, else the node's own name."""
-    for arg in node.args:
-        view = parameter_view(arg)
-        if view is not None and view.target.endswith("weight"):
-            return elastic_name(view.target)
+    if node.target in _WEIGHT:
+        views = [parameter_view(node.args[_WEIGHT[node.target]])]
+    else:
+        views = [parameter_view(source) for source in node.all_input_nodes]
+    targets = [view.target for view in views if view is not None]
+    owners = [elastic_name(target) for target in targets if target.endswith("weight")]
+    products = node.target in _WEIGHT or _KEPT_WHOLE.get(node.target) is _PRODUCT
+    if owners or (products and targets):
+        return (owners or targets)[-1]
     stack = node.meta.get("nn_module_stack") or {}
     names = [name for name, _ in stack.values() if name]
     return names[-1] if names else node.name
