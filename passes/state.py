@@ -27,6 +27,12 @@ def state_names(model: nn.Module) -> dict[str, str]:
     }
 
 
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name it has."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile`` and DistributedDataParallel."""
     while isinstance(model, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel):

@@ -14,7 +14,7 @@ from t3c_compile.passes.graph import ElasticGraphModule, place_tensor
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.parameter_view import ParameterView
 from t3c_compile.passes.specialize import as_dense
-from t3c_compile.passes.state import load_state, unsharded
+from t3c_compile.passes.state import load_state, named_tensors, unsharded
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def to_dense(
     """
     names: dict[str, str] = elastic.meta["t3c_state"]
     with unsharded(elastic):
-        held = {name: tensor.detach().clone() for name, tensor in elastic.state_dict(keep_vars=True).items()}
+        # Not from state_dict, which FSDP2 makes of shards.
+        held = {name: tensor.detach().clone() for name, tensor in named_tensors(elastic)}
         # The last of two entries counts below: what elastic layers stand for.
         held = held | _multiplied_out(elastic, held, options)
     by_first = {names[name]: tensor for name, tensor in held.items() if name in names}
