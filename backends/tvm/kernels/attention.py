@@ -18,7 +18,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
     Index,
     by_rows,
     ceil_div,
-    chunks,
     fill,
     float32,
     for_each,
