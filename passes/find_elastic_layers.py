@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,12 @@ from t3c_compile.passes.parameter_view import ParameterView, overlap, parameter_
 aten = torch.ops.aten
 
 # Where the weight is among a node's arguments.
-_WEIGHT = {aten.linear.default: 1, aten.conv2d.default: 1, aten.conv2d.padding: 1, aten.embedding.default: 0}
+_WEIGHT: dict[Any, int] = {
+    aten.linear.default: 1,
+    aten.conv2d.default: 1,
+    aten.conv2d.padding: 1,
+    aten.embedding.default: 0,
+}
 
 _RECURRENT = "a recurrent layer stays whole, in float"
 
@@ -32,7 +37,7 @@ _CONV3D = "a 3-d convolution stays whole, in float, unless its kernel is 1x1x1 a
 _BAG = "a bag of embeddings (sums of rows) stays whole, in float"
 _TRANSPOSED = "a transposed convolution stays whole, in float"
 
-_KEPT_WHOLE = {
+_KEPT_WHOLE: dict[Any, str] = {
     **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default), _PRODUCT),
     **dict.fromkeys((aten.baddbmm.default, aten.einsum.default, aten.mv.default, aten.dot.default), _PRODUCT),
     **dict.fromkeys((aten.conv1d.default, aten.conv1d.padding), _CONV1D),
@@ -155,11 +160,12 @@ class FindElasticLayers(Pass):
 
 
 def _table(node: Node, layer: str, view: ParameterView) -> Candidate | str:
-    padding_idx, scaled, sparse = [*node.args[2:], *(-1, False, False)[len(node.args) - 2 :]]
+    given: list[Any] = [*node.args[2:], *(-1, False, False)[len(node.args) - 2 :]]
+    padding_idx, scaled, sparse = given
     if scaled or sparse:
         return "an embedding with scale_grad_by_freq or sparse gradients stays whole, in float"
     reason = "a table of rows: kept whole, elastic in width"
-    return Candidate(layer, "table", "dense", view, None, look_up=True, padding_idx=int(padding_idx), reason=reason)  # type: ignore[call-overload]
+    return Candidate(layer, "table", "dense", view, None, look_up=True, padding_idx=padding_idx, reason=reason)
 
 
 def _keep(gm: GraphModule, node: Node, layer: str, reason: str) -> None:
@@ -205,10 +211,10 @@ def _agree(gm: ElasticGraphModule) -> None:
     """Unmark what only one of the two graphs can have elastic while the other reads the weight in another way."""
     graphs = (gm.eval_graph, gm.train_graph)
     marked = [{n: n.meta["t3c_candidate"] for n in graph.nodes if "t3c_candidate" in n.meta} for graph in graphs]
-    for mine, theirs, graph in ((*marked, graphs[1]), (*reversed(marked), graphs[0])):
-        layers = {candidate.layer for candidate in theirs.values()}
-        read = {id(tensor) for tensor, _, _ in readers(gm, graph)}
-        for node, candidate in mine.items():
+    for mine, other in ((0, 1), (1, 0)):
+        layers = {candidate.layer for candidate in marked[other].values()}
+        read = {id(tensor) for tensor, _, _ in readers(gm, graphs[other])}
+        for node, candidate in marked[mine].items():
             if candidate.layer not in layers and id(get_attr(gm, candidate.weight.target)) in read:
                 reason = f"the weight {candidate.weight.target} is read differently in training and in evaluation"
                 _keep(gm, node, layer_name(node), reason)

@@ -35,9 +35,10 @@ class Geometry:
     @staticmethod
     def of(node: Node, dims: int) -> "Geometry":
         """Of a ``convNd`` node, defaults filled in."""
-        stride, padding, dilation, groups = [*node.args[3:], *[None] * (7 - max(3, len(node.args)))]
+        given: list[Any] = [*node.args[3:], *[None] * (7 - max(3, len(node.args)))]
+        stride, padding, dilation, groups = given
         word = padding if isinstance(padding, str) else _each(padding, dims, 0)
-        return Geometry(_each(stride, dims, 1), word, _each(dilation, dims, 1), int(groups or 1))  # type: ignore[call-overload]
+        return Geometry(_each(stride, dims, 1), word, _each(dilation, dims, 1), int(groups or 1))
 
     def pads(self, kernel: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """(before, after) for each dimension; ``same`` puts the odd one after, as torch does."""
@@ -85,8 +86,8 @@ class NormalizeConv(Pass):
 
 def _after_norm(view: Node) -> None:
     """Move a view of a convolution's result behind the batch norm that reads it, which is then seen to follow it."""
-    norm, conv = next(iter(view.users), None), view.args[0]
-    if len(view.users) != 1 or norm.target != aten.batch_norm.default or conv.target != aten.conv2d.default:
+    (norm, *others), conv = view.users, view.all_input_nodes[0]
+    if others or norm.target != aten.batch_norm.default or conv.target != aten.conv2d.default:
         return
     norm.replace_input_with(view, conv)
     norm.replace_all_uses_with(view)
@@ -108,9 +109,9 @@ def _from_general(node: Node) -> int:
 
 def _conv2d(gm: GraphModule, node: Node, weight: Tensor, dims: int) -> Node | None:
     """The same as a conv2d between views; None where ``node`` is one already, or cannot be one."""
-    x, w = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else None
-    value = x.meta["val"]  # type: ignore[union-attr]
+    given: list[Any] = [*node.args[:3], None]
+    x, w, bias, *_ = given
+    value = x.meta["val"]
     geometry = Geometry.of(node, dims)
     pads = geometry.pads(weight.shape[2:])
     unbatched, asymmetric = value.dim() == dims + 1, any(before != after for before, after in pads)

@@ -14,7 +14,7 @@ from t3c_compile.passes.base import get_attr
 aten = torch.ops.aten
 
 # None of these copies a parameter, so writing to the result writes to the parameter.
-_VIEWS = {
+_VIEWS: dict[str, Any] = {
     "t": aten.t.default,
     "numpy_T": aten.numpy_T.default,
     "mT": aten.mT.default,

@@ -16,6 +16,7 @@ from t3c_compile.passes.elastic.layer import Activation, of_call
 from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor
 from t3c_compile.passes.option import Option
+from t3c_compile.passes.pin_float_stages import PinFloatStages
 
 aten = torch.ops.aten
 t3c = torch.ops.t3c
@@ -95,7 +96,7 @@ class Specialize(Pass):
             else:
                 op = layer.product_op if isinstance(layer, Table) else layer.op
                 activations = self.activations.get(name) or layer.activations()
-                number = int(node.kwargs.get("call", 0))  # type: ignore[call-overload]
+                number: Any = node.kwargs.get("call", 0)
                 scale, zero_point = activations[of_call("x", number)]
                 values |= {"x_scale": scale, "x_zero_point": zero_point}
                 values |= {f"{m}_scale": activations[of_call(m, number)][0] for m in layer.middles}
@@ -139,7 +140,8 @@ def specialize(
     activations: Mapping[str, Mapping[str, Activation]] | None = None,
     store_ranks: Mapping[str, int] | None = None,
 ) -> GraphModule:
-    """A plain ``GraphModule`` that runs ``model`` at one profile, batch norm folded; ``model`` is not changed.
+    """A plain ``GraphModule`` that runs ``model`` at one profile, batch norm folded and float stages pinned to the ops
+    that mean the same on every target; ``model`` is not changed.
 
     Its state_dict is the weight store (int8 factors to ``store_ranks``, float32 scales and biases, kept parameters).
     """
@@ -150,6 +152,7 @@ def specialize(
     del root
     Specialize(options, activations or {}, store_ranks or {})(gm)
     FoldBatchNorm()(gm)
+    PinFloatStages()(gm)
     gm.delete_all_unused_submodules()
     _drop_unused_tensors(gm)
     _copy_shared(gm, {tensor.data_ptr() for tensor in tensors})

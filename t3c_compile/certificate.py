@@ -207,7 +207,8 @@ class SpectralProxy:
 
 def _greatest_row(error: Tensor) -> Tensor:
     """What one look-up may be wrong by, in 2-norm (0-d)."""
-    return error.norm(dim=1).amax()
+    greatest: Tensor = error.norm(dim=1).amax()
+    return greatest
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Every kind of layer, from the model to compiled code; what is kept says why; groups are decided together."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,13 @@ from t3c_compile.snapping import snap
 from t3c_compile.transforming import Config, observe, transform
 
 ARM = get_target("arm64")
+
+
+@cache
+def made(net: str) -> tuple[nn.Module, ElasticGraphModule, tuple[Tensor, ...]]:
+    """A net and its elastic form, for tests that change neither."""
+    model, inputs = layer_net(net)
+    return model, transform(model, inputs), inputs
 
 
 def _profile(elastic: ElasticGraphModule, rank: int, bits: int) -> dict[str, Option]:
@@ -106,8 +114,8 @@ def test_specialized_reexported_and_compiled(net: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", ["linears", "convs", "attention", "tied"])
 def test_weights_go_back_where_they_came_from(net: str) -> None:
     """``to_dense`` of packed, transposed, reshaped, tied and shared weights."""
-    model, inputs = layer_net(net)
-    state = transform(model, inputs).to_dense()
+    model, elastic, _ = made(net)
+    state = elastic.to_dense()
     assert state.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.allclose(state[name], tensor, atol=1e-4), name
@@ -132,7 +140,7 @@ def test_what_is_elastic() -> None:
     }
     kept = {"whole": {"up1", "up2", "volume", "up3"}, "recurrent": {"lstm", "gru"}}
     for net, forms in expected.items():
-        report = transform(*layer_net(net)).report
+        report = made(net)[1].report
         assert {name: record.form for name, record in report.elastic.items()} == forms
         assert set(report.kept) == kept.get(net, set())
 
@@ -167,8 +175,7 @@ def test_every_reason_is_tried() -> None:
 
 def test_tied_weights_are_one_stored_tensor() -> None:
     """Table and output layer read the same integers; a change of one is a change of both."""
-    model, inputs = layer_net("tied")
-    elastic = transform(model, inputs)
+    _, elastic, _ = made("tied")
     (name,) = [name for name, layer in elastic_layers(elastic) if isinstance(layer, Table) and layer.calls]
     assert "tied to a linear" in elastic.report.elastic[name].reason
     graph = specialize(elastic, _profile(elastic, 8, 8))
@@ -236,7 +243,7 @@ def test_the_certificate_sums_the_calls_of_a_shared_layer() -> None:
 
 
 def test_layers_that_read_one_tensor_are_one_group() -> None:
-    groups = layer_groups(transform(*layer_net("grouped")))
+    groups = layer_groups(made("grouped")[1])
     assert groups == (("q", "k", "v"), ("out",), ("gate", "up"), ("down",))
 
 

@@ -115,7 +115,7 @@ class ThreeFactorConv2d(ElasticLayer):
         if middle == "g":
             return out_norm(self.U, rank)
         kernel = self.core.shape[-2] * self.core.shape[-1]
-        return matrix_norm(self._core_matrix(rank)) * kernel**0.5 * matrix_norm(self.U[:, :rank])
+        return matrix_norm(self._core_matrix(rank)) * float(kernel**0.5) * matrix_norm(self.U[:, :rank])
 
     def _core_matrix(self, rank: int) -> Tensor:
         """The matrix whose norm, times the root of the kernel size, bounds the core's convolution at ``rank``."""
