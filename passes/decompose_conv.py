@@ -67,9 +67,9 @@ def tucker2_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The bases are those of the higher-order SVD (Tucker-2 at full rank), so a prefix of both is the truncated HOSVD.
     """
     kernel = weight.detach()
-    u, v = left_basis(kernel.flatten(1)), left_basis(kernel.transpose(0, 1).flatten(1))
-    core = torch.einsum("oihw,or,is->rshw", kernel.to(torch.float64), u.to(torch.float64), v.to(torch.float64))
-    return v.T.to(weight.dtype), core.to(weight.dtype), u.to(weight.dtype)
+    u, v = (left_basis(kernel.transpose(0, side).flatten(1)).to(kernel.dtype) for side in (0, 1))
+    core = (u.T @ kernel.flatten(1)).reshape(-1, *kernel.shape[1:])
+    return v.T, torch.einsum("rihw,is->rshw", core, v), u
 
 
 def cp_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

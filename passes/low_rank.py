@@ -35,12 +35,13 @@ def svd_factors(weight: Tensor, moment: Tensor | None, damping: float) -> tuple[
     root = None if damped is None else torch.linalg.cholesky(damped)
     gram = _gram(w.T, _dtype(n, moment))
     right = _eigenvectors(gram if root is None else root.T @ gram @ root)
-    _multiply(w, right if root is None else root @ right, u)
+    scale = _scale(w)
+    _multiply(w, scale * (right if root is None else root @ right), u)
     # U = W S P / norms and V = norms P^T / S: their product is W however P's directions are rounded.
     norms = torch.linalg.vector_norm(u, dim=0).clamp_min(torch.finfo(u.dtype).tiny)
     u /= norms
     v.copy_(right.T if root is None else torch.linalg.solve_triangular(root, right.T, upper=False, left=False))
-    v *= norms[:, None]
+    v *= norms[:, None] / scale
     if norms[-1] < 1e5 * torch.finfo(right.dtype).eps * norms[0]:
         # The least components hold the rounding of the greatest.
         u, triangle = torch.linalg.qr(u)
@@ -78,7 +79,7 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
 
 def _gram(w: Tensor, dtype: torch.dtype, moment: Tensor | None = None) -> Tensor:
     """``w moment w^T`` for ``w`` divided by its largest magnitude, a block of columns at a time."""
-    scale = 1 / max(float(torch.linalg.vector_norm(w, math.inf)), 1e-30)
+    scale = _scale(w)
     gram = torch.zeros(len(w), len(w), dtype=dtype)
     left = None if moment is None else scale * w.to(dtype) @ moment
     for start in range(0, w.shape[1], _CHUNK):
@@ -86,6 +87,11 @@ def _gram(w: Tensor, dtype: torch.dtype, moment: Tensor | None = None) -> Tensor
         block = w[:, columns].to(dtype) * scale
         gram.addmm_(block if left is None else left[:, columns], block.T)
     return gram
+
+
+def _scale(w: Tensor) -> float:
+    """What brings squares of ``w`` into the range of float32."""
+    return 1 / max(float(torch.linalg.vector_norm(w, math.inf)), 1e-30)
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     c = add("transform", _transform, "make a model elastic and write a t3c checkpoint")
     _add_model(c)
+    c.add_argument("--resume", action="store_true", help="keep layers in OUTPUT.resume until done, go on from there")
     c.add_argument("-o", "--output", required=True, help="checkpoint to write, such as MODEL.pt")
 
     c = add("train", _train, "train an elastic model and its controller")
@@ -107,12 +109,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--keep", action="append", default=[], help="glob of layer names to leave alone")
 
 
-def _load(arguments: argparse.Namespace) -> Any:
+def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
     from t3c_compile.loading import load_elastic
     from t3c_compile.transforming import Config
 
     config = Config(conv=arguments.conv, keep=tuple(arguments.keep))
-    return load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty())
+    return load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty(), resume)
 
 
 def _writable(path: str) -> Path:
@@ -124,8 +126,11 @@ def _writable(path: str) -> Path:
 
 def _transform(arguments: argparse.Namespace) -> None:
     output = _writable(arguments.output)
-    checkpoint = _load(arguments)
+    folder = output.with_name(f"{output.name}.resume") if arguments.resume else None
+    checkpoint = _load(arguments, folder)
     checkpoint.save(output)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     report = checkpoint.model.report
     rows = [
         {"layer": r.layer, "op": r.op, "shape": "x".join(map(str, r.shape)), "form": r.form, "max_rank": r.max_rank}

@@ -58,7 +58,12 @@ def parse_input(text: str) -> Tensor:
 
 
 def load_elastic(
-    spec: str, inputs: Sequence[str], config: Config | None, data: str | None, progress: bool
+    spec: str,
+    inputs: Sequence[str],
+    config: Config | None,
+    data: str | None,
+    progress: bool,
+    resume: Path | None = None,
 ) -> Checkpoint:
     """The elastic model ``spec`` names: a t3c checkpoint, or a model (``.pt2``, ``.onnx``, a callable) transformed now.
 
@@ -66,6 +71,7 @@ def load_elastic(
         inputs: example inputs (see :func:`parse_input`); a ``.pt2`` file brings its own, and so does an ``.onnx`` file
             in which no size but the batch is free.
         data: ``package.module:callable`` whose batches whiten the decomposition.
+        resume: folder where a transform that was cut short goes on.
     """
     own_inputs: Inputs | None = None
     if spec.endswith(".pt2"):
@@ -80,7 +86,8 @@ def load_elastic(
     if example is None:
         raise LoadingError(f"{spec}: name its inputs, such as --input 'float32[1,3,224,224]'")
     calibration = None if data is None else calibration_of(data)[0]
-    return Checkpoint(transform(model, example, config, calibration=calibration, progress=progress), example)
+    elastic = transform(model, example, config, calibration=calibration, progress=progress, resume=resume)
+    return Checkpoint(elastic, example)
 
 
 def _load_pt2(path: str) -> tuple[nn.Module, Inputs | None]:
