@@ -3,16 +3,16 @@
 Options, all optional:
 
 - none: float32, nothing compressed; outputs equal eager's to 1e-3 of the largest, which the first call checks.
-- ``size``: a fraction of the int8 size of the layers, above 0: every graph becomes elastic and the greatest profile that
-  fits is run in int8. Ranges of activations are set on the first call's inputs, so make that a typical batch. For
+- ``size``: a fraction of the int8 size of the layers, above 0: every graph becomes elastic and the greatest profile
+  that fits is run in int8. Ranges of activations are set on the first call's inputs, so make that a typical batch. For
   calibrated or trained profiles, lower an artifact and give its path instead.
 - ``artifact``: path of an artifact of this model, with ``profile``, the name of one of its profiles (its greatest
   otherwise). Its weights are its own.
 
 A graph is compiled at its first call. Its weights are read then; when they have been written to since, or another
 module runs the same graph, it is compiled again. What cannot run this way (a graph under autograd, in training mode,
-with an op TVM has no lowering for, off the CPU) runs in eager, and the logger ``t3c_compile.torch_backend`` warns of the
-reason once. A graph break gives several graphs, each handled by itself.
+with an op TVM has no lowering for, off the CPU) runs in eager, and the logger ``t3c_compile.torch_backend`` warns of
+the reason once. A graph break gives several graphs, each handled by itself.
 """
 
 import logging
@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from t3c_compile.artifact import lower
 from t3c_compile.backends.targets import host_target
@@ -98,7 +99,16 @@ class _Graph:
         self._gm, self._options = gm, options
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._weights = [i for i, (n, x) in enumerate(zip(nodes, example_inputs, strict=True)) if _is_weight(n, x)]
-        self._inputs = [i for i, n in enumerate(nodes) if i not in self._weights and _is_tensor(n)]
+        rest = [i for i in range(len(nodes)) if i not in self._weights]
+        self._inputs = [i for i in rest if _is_tensor(nodes[i]) and not _is_number(nodes[i])]
+        # Where a free dimension can be read: dynamo gives its size as an input too.
+        free = {i: _free_dims(nodes[i]) for i in self._inputs}
+        self._sizes = {size: (i, dim) for i, dims in free.items() for dim, size in dims.items()}
+        self._shapes = tuple(dict.fromkeys(dims, Dim.AUTO) for dims in free.values())
+        # Numbers that are not sizes (an epsilon, where everything is dynamic) are compiled in.
+        self._numbers = [
+            i for i in rest if i not in self._inputs and str(nodes[i].meta["example_value"]) not in self._sizes
+        ]
         self._runs: dict[Any, tuple[Run | None, list[Tensor]]] = {}
         self._told: set[str] = set()
 
@@ -107,10 +117,13 @@ class _Graph:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._eager(args, "autograd is on, and compiled code has no backward: call it under torch.no_grad()")
-        key = () if self._options.artifact else tuple((id(w), 0 if w.is_inference() else w._version) for w in weights)
+        key: tuple[Any, ...] = ()
+        if not self._options.artifact:
+            numbers = [_number(args[i]) for i in self._numbers]
+            key = (*((id(w), 0 if w.is_inference() else w._version) for w in weights), *numbers)
         if key not in self._runs:
             if len(self._runs) == _MOST_COMPILED:
-                return self._eager(args, f"its weights have changed more than {_MOST_COMPILED - 1} times")
+                return self._eager(args, f"its weights or numbers have changed more than {_MOST_COMPILED - 1} times")
             # The weights are kept, so that no other tensor gets their id.
             self._runs[key] = self._compiled(args), weights
         run = self._runs[key][0]
@@ -148,7 +161,7 @@ class _Graph:
         """What eager gives; the graph must be a function of its inputs."""
         for i in (*self._inputs, *self._weights):
             if args[i].device.type != "cpu" or args[i].dtype not in _DTYPES:
-                raise BackendError(f"it takes a {args[i].dtype} tensor on {args[i].device}: float32 and integers on CPU")
+                raise BackendError(f"it takes a {args[i].dtype} tensor on {args[i].device}")
         copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
         versions = [copy._version for copy in copies if isinstance(copy, Tensor)]
         with torch.random.fork_rng(devices=[]):
@@ -158,7 +171,7 @@ class _Graph:
                 raise BackendError("it draws random numbers (dropout in training mode?): call model.eval() first")
         if versions != [copy._version for copy in copies if isinstance(copy, Tensor)]:
             raise BackendError("it writes to its inputs or buffers (batch norm in training mode?): call model.eval()")
-        if not all(isinstance(output, Tensor) for output in outputs):
+        if not outputs or not all(isinstance(output, Tensor) for output in outputs):
             raise BackendError("it returns something that is not a tensor")
         return tuple(outputs)
 
@@ -170,8 +183,8 @@ class _Graph:
             if options.profile is not None:
                 session.set_profile(options.profile)
         else:
-            module, shapes = self._module(args)
-            session = _lowered(module, tuple(args[i].clone() for i in self._inputs), shapes, options.size)
+            inputs = tuple(args[i].clone() for i in self._inputs)
+            session = _lowered(self._module(args), inputs, self._shapes, options.size)
 
         def run(inputs: list[Tensor]) -> tuple[Tensor, ...]:
             arrays = [inputs[i].detach().numpy() for i in order]
@@ -179,30 +192,28 @@ class _Graph:
 
         return run
 
-    def _module(self, args: tuple[Any, ...]) -> tuple[GraphModule, tuple[dict[int, Any], ...]]:
-        """The graph with weights as attributes, tensors alone as inputs, and which of their dimensions are free."""
-        module = GraphModule(self._gm, self._gm.graph)
-        nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
-        inputs = [nodes[i] for i in self._inputs]
-        free = [_free_dims(node) for node in inputs]
-        sizes = {size: (node, dim) for node, dims in zip(inputs, free, strict=True) for dim, size in dims.items()}
-        with module.graph.inserting_after(nodes[-1]):
+    def _module(self, args: tuple[Any, ...]) -> GraphModule:
+        """The graph with weights as attributes, numbers as constants and tensors alone as inputs."""
+        graph = Graph()
+        graph.output(graph.graph_copy(self._gm.graph, {}))
+        module = GraphModule(self._gm, graph)
+        names = [_name(node) for node in self._gm.graph.nodes if node.op == "placeholder"]
+        nodes = [node for node in graph.nodes if node.op == "placeholder"]
+        with graph.inserting_after(nodes[-1]):
             for i, node in enumerate(nodes):
-                if i in self._weights:
-                    name = _name(node)
-                    place_tensor(module, name, args[i])
-                    new = module.graph.get_attr(name)
-                elif i not in self._inputs:
-                    size = str(node.meta["example_value"])
-                    if size not in sizes:
-                        raise BackendError(f"its input {node.name} is a number that is not the size of a tensor input")
-                    new = module.graph.call_function(torch.ops.aten.sym_size.int, sizes[size])
-                else:
+                if i in self._inputs:
                     continue
-                node.replace_all_uses_with(new)
-                module.graph.erase_node(node)
+                if i in self._weights:
+                    place_tensor(module, names[i], args[i])
+                    node.replace_all_uses_with(graph.get_attr(names[i]))
+                elif i in self._numbers:
+                    _make_constant(node, _number(args[i]))
+                else:
+                    source, dim = self._sizes[str(node.meta["example_value"])]
+                    node.replace_all_uses_with(graph.call_function(torch.ops.aten.sym_size.int, (nodes[source], dim)))
+                graph.erase_node(node)
         module.recompile()
-        return module, tuple(dict.fromkeys(dims, Dim.AUTO) for dims in free)
+        return module
 
     def _order_of(self, session: Session) -> list[int]:
         """Where each of the artifact's inputs stands among the graph's: dynamo orders them by first use."""
@@ -255,7 +266,9 @@ def _lowered(
         profile = Profile("float32", {}, {}, 0, {"kl": 0.0}, {"bound": 0.0}, {target.name: cost})
     with tempfile.TemporaryDirectory() as folder:
         # The library stays mapped, and the weights are packed, after the files are gone.
-        path = lower(elastic, ProfileSet([profile], "one"), [target], Path(folder) / "graph.t3c", inputs, measured=False)
+        path = lower(
+            elastic, ProfileSet([profile], "one"), [target], Path(folder) / "graph.t3c", inputs, measured=False
+        )
         return load(path)
 
 
@@ -266,6 +279,28 @@ def _is_weight(node: Node, example: Any) -> bool:
 
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta["example_value"], Tensor)
+
+
+def _is_number(node: Node) -> bool:
+    """Whether an input is a float that dynamo passes as a tensor."""
+    value = node.meta["example_value"]
+    items = all(user.op == "call_method" and user.target == "item" for user in node.users)
+    return value.dtype == torch.float64 and value.dim() == 0 and items
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _make_constant(node: Node, value: Any) -> None:
+    """Put ``value`` where ``node``, or the float read from it, is used."""
+    for user in list(node.users):
+        if user.op == "call_method" and user.target == "item":
+            _make_constant(user, value)
+            user.graph.erase_node(user)
+        else:
+            user.args = map_arg(user.args, lambda used: value if used is node else used)
+            user.kwargs = map_arg(user.kwargs, lambda used: value if used is node else used)
 
 
 def _free_dims(node: Node) -> dict[int, str]:
