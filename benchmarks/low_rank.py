@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/low_rank.py [--shape 2048 2048] [--repeats 3]
 
-``lost``: the greatest share, over ranks that pay (up to mn / (m + n)), of the energy that a prefix could capture and does
-not; for a flat spectrum (normal entries, the worst case) and for one that falls as 1/sqrt(i). Times are medians over runs
-that take the ways in turn. ``randomized`` is Halko, Martinsson and Tropp's subspace iteration (arXiv 0909.4061) as
+``lost``: the greatest share, over ranks that pay (up to mn / (m + n)), of the energy a prefix could capture and does
+not; for a flat spectrum (normal entries, the worst case) and for one that falls as 1/sqrt(i). Times are medians over
+runs that take the ways in turn. ``randomized`` is Halko, Martinsson and Tropp's subspace iteration (arXiv 0909.4061) as
 ``torch.svd_lowrank`` has it, with the paying rank and two iterations; it lacks the tail that an exact product needs.
 """
 

@@ -6,8 +6,8 @@ Every run is a process of its own, which first transforms the model's small vari
 warm; what it then holds is the baseline. ``peak`` is the greatest resident memory during ``transform`` less the
 baseline, over the bytes of the float32 weights; the user's own model, which stays, is 1 of it.
 
-``svd ratio``: after ``transform``, for each matrix that it decomposed a normal one of that shape (as the models' are) is
-decomposed as ``transform`` does, then by ``torch.linalg.svd`` (float32, reduced); the ratio is of the two sums. Of
+``svd ratio``: after ``transform``, for each matrix that it decomposed a normal one of that shape (as the models' are)
+is decomposed as ``transform`` does, then by ``torch.linalg.svd`` (float32, reduced); the ratio is of the two sums. Of
 models above a gigabyte one matrix of every shape is taken, and counted as often as the shape occurs. Times are medians
 over the runs, peaks the greatest.
 Results go to ``benchmarks/results/transform.json`` with the load average at the start and the end of every run.

@@ -56,7 +56,8 @@ def left_basis(w: Tensor, moment: Tensor | None = None) -> Tensor:
     """
     m, n = w.shape
     if m > n:
-        return torch.linalg.svd(w.to(torch.float64), full_matrices=False).U
+        u: Tensor = torch.linalg.svd(w.to(torch.float64), full_matrices=False).U
+        return u
     return _eigenvectors(_gram(w, _dtype(m, moment), moment))
 
 
@@ -96,10 +97,12 @@ def _scale(w: Tensor) -> float:
 
 def _eigenvectors(gram: Tensor) -> Tensor:
     """By falling eigenvalue."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(1)
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.flip(1)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a b`` in the precision of ``b``, a block of rows at a time."""
-    for rows, result in zip(a.split(_CHUNK), out.split(_CHUNK), strict=True):
-        result.copy_(rows.to(b.dtype) @ b)
+    for start in range(0, len(a), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        out[rows] = a[rows].to(b.dtype) @ b
