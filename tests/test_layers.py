@@ -223,6 +223,32 @@ def test_every_call_of_a_shared_layer_has_its_own_ranges() -> None:
     assert layer.activations()["x"] == scales["x"]
 
 
+class _Pyramid(nn.Module):
+    """One convolution over two levels, each with a batch norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        large, small = (norm(self.conv(y)) for norm, y in zip(self.norms, (x, x[..., ::2, ::2]), strict=True))
+        return torch.cat([large.mean((2, 3)), small.mean((2, 3))], 1)
+
+
+def test_a_norm_after_one_call_of_a_shared_layer_is_not_folded_into_all() -> None:
+    torch.manual_seed(0)
+    model, x = _Pyramid(), torch.randn(4, 16, 8, 8)
+    for _ in range(3):
+        model(x * 2 + 1)
+    elastic = transform(model.eval(), (x,))
+    assert elastic.get_submodule("conv").calls == 2
+    options = _profile(elastic, 8, 8)
+    elastic.set_options(options)
+    observe(elastic, [(x,)])
+    _close(specialize(elastic, options)(x), elastic(x), 2e-3)
+
+
 def test_the_certificate_sums_the_calls_of_a_shared_layer() -> None:
     """One term a call, and the bound holds for a model with tied, shared and looked-up weights."""
     model, inputs = layer_net("tied")
