@@ -84,7 +84,7 @@ class Checkpoint:
             model.meta.update(reader.value(plan["meta"]))
             model.train(plan["training"])
             return Checkpoint(model, reader.value(plan["inputs"]), _controller(plan, reader))
-        except (FormatError, KeyError) as error:
+        except (FormatError, KeyError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path} is damaged or of another version: {error}") from error
 
 
