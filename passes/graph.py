@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from t3c_compile.passes.base import Report, report_of
 from t3c_compile.passes.elastic import elastic_layers
@@ -60,7 +61,8 @@ class ElasticGraphModule(GraphModule):
         # FSDP2 runs a module in a subclass of its own. There recompiling wraps the call a second time, and the two
         # wrappers would call each other for ever.
         if any("_wrapped_call" in vars(base) for base in cls.__mro__[1:]):
-            del cls._wrapped_call, cls.__call__
+            for name in ("_wrapped_call", "__call__"):
+                delattr(cls, name)
         return code
 
     def run_pass(self, apply: Any) -> None:
@@ -193,7 +195,8 @@ def place_tensor(root: nn.Module, name: str, tensor: Tensor) -> None:
 @torch.no_grad()
 def own_parameters(module: nn.Module, model: nn.Module) -> None:
     """Give every parameter of ``module`` that lies in the memory of one of ``model``'s memory of its own."""
-    foreign = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    plain = [parameter for parameter in model.parameters() if not is_traceable_wrapper_subclass(parameter)]
+    foreign = {parameter.untyped_storage().data_ptr() for parameter in plain}
     for parameter in module.parameters():
         if parameter.untyped_storage().data_ptr() in foreign:
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
@@ -203,6 +206,8 @@ def own_parameters(module: nn.Module, model: nn.Module) -> None:
 def tensors_are_finite(module: nn.Module) -> str | None:
     """The name of the first parameter holding NaN or infinity; None when all are finite."""
     for name, parameter in module.named_parameters():
+        if is_traceable_wrapper_subclass(parameter):  # what another tool has quantized
+            continue
         # The extremes, because isfinite() of all would be a second tensor of the parameter's size.
         if parameter.is_floating_point() and parameter.numel() and not _is_finite(parameter):
             return name

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     c = add("transform", _transform, "make a model elastic and write a t3c checkpoint")
     _add_model(c)
     c.add_argument("--resume", action="store_true", help="keep layers in OUTPUT.resume until done, go on from there")
-    c.add_argument("-o", "--output", required=True, help="checkpoint to write, such as MODEL.pt")
+    c.add_argument("-o", "--output", required=True, help="checkpoint to write, such as MODEL.safetensors")
 
     c = add("train", _train, "train an elastic model and its controller")
     _add_model(c)

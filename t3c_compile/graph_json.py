@@ -236,7 +236,7 @@ def _function_name(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
+        return f"higher_order.{target.__name__}"
     name = f"{getattr(target, '__module__', '')}:{getattr(target, '__name__', target)}"
     if _python_function(name) is not target:
         raise FormatError(f"node {node.name} calls {name}, which is neither a registered op nor arithmetic")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as sharded_checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -67,7 +67,7 @@ class TrainingState:
         groups = [group["params"] for group in self.optimizer.param_groups]
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
         norms = [processes.gathered(nn.utils.get_total_norm(group)) for group in gradients]
-        norm = torch.stack(norms).norm()
+        norm: Tensor = torch.stack(norms).norm()
         for group in groups:
             nn.utils.clip_grads_with_norm_(group, _CLIP, norm)
         return norm
@@ -87,7 +87,7 @@ class TrainingState:
             shutil.rmtree(temporary, ignore_errors=True)
         if self.sharded:
             dist.barrier()
-            sharded_checkpoint.save(state, checkpoint_id=temporary)
+            state_dict_saver.save(state, checkpoint_id=temporary)
             state = {}
         if not processes.is_first():
             return
@@ -123,7 +123,7 @@ class TrainingState:
             if self.sharded:
                 model, optimizer = get_state_dict(self.model, self.optimizer)
                 state |= {"model": model, "optimizer": optimizer}
-                sharded_checkpoint.load({"model": model, "optimizer": optimizer}, checkpoint_id=path)
+                state_dict_loader.load({"model": model, "optimizer": optimizer}, checkpoint_id=path)
             set_state_dict(
                 self.model,
                 self.optimizer,
