@@ -24,6 +24,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     load,
     prim_func,
     product,
+    row_chunks,
     static,
     store,
     when,
@@ -133,7 +134,7 @@ def _even(rows: Index) -> tuple[Index, int]:
     """How many chunks of how many rows, as even as may be."""
     count = static(rows)
     if count is None:
-        return ceil_div(rows, CHUNK_ROWS), CHUNK_ROWS
+        return row_chunks(rows), CHUNK_ROWS
     pieces = ceil_div(count, CHUNK_ROWS)
     return pieces, ceil_div(count, pieces)
 

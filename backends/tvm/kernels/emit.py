@@ -221,6 +221,12 @@ def requantize(acc: Expr, multiplier: Expr, lanes: int) -> Expr:
     return T.cast(clamped, vec("int32", lanes))
 
 
+def row_chunks(rows: Index) -> Index:
+    """How many chunks of rows there are; one at least: TVM folds what even a branch never taken divides by."""
+    count = ceil_div(rows, CHUNK_ROWS)
+    return count if static(count) is not None else T.max(count, 1)
+
+
 def by_rows(rows: Index, most: int, body: Callable[[int], None]) -> None:
     """Emit ``body`` with the rows of its register tile, at most ``most``, chosen so that ``rows`` split evenly.
 

@@ -25,6 +25,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     load_partial,
     prim_func,
     product,
+    row_chunks,
     static,
     store,
     store_partial,
@@ -100,13 +101,13 @@ def float_product(
     else:
         most, vectors = tile_shape(isa, 8 if wide is None else ceil_div(wide, lanes), lanes, few)
     width = vectors * lanes
-    panels, row_chunks = ceil_div(columns, width), ceil_div(rows, CHUNK_ROWS)
+    panels, parts = ceil_div(columns, width), row_chunks(rows)
 
-    @for_each(batch * panels * row_chunks, product((batch, rows, columns, inputs)))
+    @for_each(batch * panels * parts, product((batch, rows, columns, inputs)))
     def _(task: Index) -> None:
-        b = T.bind(task // (panels * row_chunks))
-        first = T.bind(task % row_chunks * CHUNK_ROWS)
-        column = T.bind(task // row_chunks % panels * width)
+        b = T.bind(task // (panels * parts))
+        first = T.bind(task % parts * CHUNK_ROWS)
+        column = T.bind(task // parts % panels * width)
         factor = right(b)
         places = [column + v * lanes for v in range(vectors)]
         if factor.overlap and (wide is None or wide % width):

@@ -25,6 +25,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     int32,
     load,
     product,
+    row_chunks,
     static,
     store,
     top_bits,
@@ -111,12 +112,12 @@ def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogu
     width = isa.panel() * isa.lanes
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
-    row_chunks = ceil_div(p.rows, CHUNK_ROWS)
+    parts = row_chunks(p.rows)
 
-    @for_each(panels * row_chunks, product((p.rows, p.columns, p.inputs)))
+    @for_each(panels * parts, product((p.rows, p.columns, p.inputs)))
     def _(task: Index) -> None:
-        panel = T.bind(task // row_chunks)
-        first = T.bind((task % row_chunks) * CHUNK_ROWS)
+        panel = T.bind(task // parts)
+        first = T.bind((task % parts) * CHUNK_ROWS)
 
         def emit(columns: int) -> None:
             _panel(isa, p, activations, weights, epilogue, panel * width, columns, first)
