@@ -32,6 +32,9 @@ class NormalizeLinear(Pass):
                 node.replace_all_uses_with(made)
                 gm.graph.erase_node(node)
                 changed = True
+        if changed:
+            # A transpose that only the old call read would hold on to the parameter.
+            gm.graph.eliminate_dead_code()
         return changed
 
 
