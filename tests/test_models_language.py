@@ -191,6 +191,35 @@ def test_parts_sums_and_rows_written_lower(tmp_path: Path) -> None:
             np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6, atol=1e-6)
 
 
+class _Projection(nn.Module):
+    """Of such a size that one row of it is less work than two threads are woken for, and two rows are more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(2048, 256, bias=False)
+        self.register_buffer("weight", torch.randint(-119, 120, (256, 2048), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(256) * 1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.ops.t3c.quantize_int8(x, 0.03, 4)
+        return self.projection(x) + torch.ops.t3c.int8_linear(q, self.weight, self.scale, None, 0.03, 4, 8)
+
+
+def test_products_serial_for_one_row_alone_lower(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Projection()
+    shapes = ({0: Dim("batch", max=64), 1: Dim("tokens", max=64)},)
+    program = torch.export.export(model, (torch.randn(2, 3, 2048),), dynamic_shapes=shapes)
+    library = build_library({"main_0": program}, get_target("x86_64"), tmp_path / "projection.so")
+    machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
+    state = model.state_dict()
+    tensors = machine[library.pack_function](*(tvm.runtime.tensor(state[n].numpy()) for n in library.raw_parameters))
+    for batch, tokens in ((1, 1), (3, 5)):
+        x = torch.randn(batch, tokens, 2048)
+        found = machine["main_0"](tvm.runtime.tensor(x.numpy()), tensors).numpy()
+        np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
 class _Regions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
