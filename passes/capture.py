@@ -14,6 +14,7 @@ from t3c_compile.passes.errors import BadWeightsError, CaptureError
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor, tensors_are_finite
 from t3c_compile.passes.inline_regions import inline_regions
 from t3c_compile.passes.state import state_names
+from t3c_compile.passes.unwrap_subclasses import unwrap_subclasses
 
 _TORCH = Path(torch.__file__).parent
 
@@ -72,6 +73,7 @@ def capture(
         # What forward never reads would be a parameter without a gradient, which DDP does not allow.
         erase_dead_attrs(captured)
     elastic = ElasticGraphModule(_Both(evaluated, trained, share), evaluated.graph, trained.graph)
+    report_of(elastic).kept.update(report_of(evaluated).kept)
     elastic.meta["t3c_dynamic_shapes"] = _one_by_one(shapes, len(inputs))
     elastic.meta["t3c_two_rows"] = inputs is not example_inputs
     elastic.meta["t3c_batch_is_free"] = _batch_is_free(evaluated)
@@ -143,6 +145,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> GraphModu
     fresh._tracer_cls = None
     fresh.graph._tracer_cls = None
     inline_regions(fresh)
+    unwrap_subclasses(fresh)
     return fresh
 
 
