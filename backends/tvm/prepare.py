@@ -57,4 +57,40 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     table = torch.export.default_decompositions()
     for op in _KEPT_WHOLE:
         table.pop(op, None)  # type: ignore[no-untyped-call]
+    table[torch.ops.aten.group_norm.default] = _group_norm
+    # ATen's own decomposition joins batch and channels, and TVM's importer wants that product to be a number.
+    table[torch.ops.aten.instance_norm.default] = _instance_norm
     return program.run_decompositions(table)
+
+
+def _group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:
+    """TVM's importer needs weight and bias."""
+    rows, channels = x.shape[:2]
+    weight = x.new_ones(channels) if weight is None else weight
+    bias = x.new_zeros(channels) if bias is None else bias
+    pixels = x.shape[2:].numel()
+    return torch.native_group_norm(x, weight, bias, rows, channels, pixels, groups, eps)[0]
+
+
+def _instance_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
+    """Without statistics of its own it is a group norm of one channel a group."""
+    if use_input_stats:
+        return _group_norm(x, x.shape[1], weight, bias, eps)
+    return torch.batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
