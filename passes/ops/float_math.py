@@ -7,6 +7,7 @@ sum but by ``fma``.
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,17 +172,18 @@ def _round_once(total: Tensor, left: Tensor, right: Tensor, added: Tensor) -> Te
     midway between two float32; there the error of the sum says which way.
     """
     rounded = total.to(torch.float32)
-    midway = (total.view(torch.int64) & _INEXACT) == 0
-    if bool(midway.any()):
-        midway &= rounded.to(torch.float64) != total
-        if bool(midway.any()):
-            shape = total.shape
-            product, c = (left * right).expand(shape)[midway], added.expand(shape)[midway].to(torch.float64)
-            s = total[midway]
-            back = s - product
-            error = (product - (s - back)) + (c - back)
-            aside = torch.nextafter(s, torch.where(error > 0, torch.inf, -torch.inf).to(torch.float64))
-            rounded[midway] = torch.where(error == 0, s, aside).to(torch.float32)
+    # numpy finds the few candidates several times faster than torch.
+    found = np.flatnonzero((total.view(torch.int64) & _INEXACT).numpy().ravel() == 0)
+    if found.size:
+        places = np.unravel_index(found, total.shape)
+        where = tuple(torch.from_numpy(place) for place in places)
+        s = total[where]
+        product = left.expand(total.shape)[where] * right.expand(total.shape)[where]
+        c = added.expand(total.shape)[where].to(torch.float64)
+        back = s - product
+        error = (product - (s - back)) + (c - back)
+        aside = torch.nextafter(s, torch.where(error > 0, torch.inf, -torch.inf).to(torch.float64))
+        rounded[where] = torch.where(error == 0, s, aside).to(torch.float32)
     return rounded
 
 
