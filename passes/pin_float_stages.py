@@ -137,7 +137,7 @@ def _attention(graph: Graph, node: Node, a: Arguments) -> Node | None:
 
 
 def _matmul(graph: Graph, node: Node, a: Arguments) -> Node | None:
-    left, right = a["self"], a.get("other", a.get("mat2"))
+    left, right = a["self"], a["other"] if "other" in a else a["mat2"]
     if "get_attr" in (left.op, right.op) or min(_rank(left), _rank(right)) < 2:
         return None
     return graph.call_function(t3c.matmul_f32.default, (left, right))

@@ -53,12 +53,13 @@ def _mean(lower: "Lowering", a: "Arguments") -> relax.Var:
     shape = shape_of(x)
     kept = [d for d in range(len(shape)) if d not in over]
     first, last = over[0], over[-1]
+    sizes: tuple[tuple[int | str, ...], ...]
     if last - first + 1 != len(over):
         x = lower.emit(relax.op.permute_dims(x, kept + over))
         sizes = dims([shape[d] for d in kept]), dims([shape[d] for d in over]), ()
     else:
         sizes = dims(shape[:first]), dims(shape[first : last + 1]), dims(shape[last + 1 :])
-    y = lower.call(rows.mean(lower.isa, *sizes), [x], [shape[d] for d in kept], "float32")
+    y = lower.call(rows.mean(lower.isa, sizes[0], sizes[1], sizes[2]), [x], [shape[d] for d in kept], "float32")
     if not a["keepdim"]:
         return y
     return lower.emit(relax.op.reshape(y, [1 if d in over else size for d, size in enumerate(shape)]))
@@ -114,14 +115,15 @@ def attention_f32(lower: "Lowering", a: "Arguments") -> relax.Var:
         dims([batch])[0],
         groups,
         heads // groups,
-        *dims([count, keys]),
+        dims([count])[0],
+        dims([keys])[0],
         width,
         value_width,
         float(a["scale"] or width**-0.5),
         bool(a["is_causal"]),
         None if mask is None else str(mask.ty.dtype),
         dims(mask_shape),
-        (*first, last),  # type: ignore[arg-type]
+        (first[0], first[1], first[2], last),
     )
     shape = [batch, count, heads, value_width] if last else [batch, heads, count, value_width]
     y = lower.call(attention(lower.isa, spec), [*tensors, mask], shape, "float32")

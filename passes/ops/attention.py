@@ -8,26 +8,33 @@ from torch import Tensor
 
 from t3c_compile.passes.ops.float_math import TORCH, chain_matmul, fast_exp, fma, row_sum
 
+
+def _lead(a: Tensor, b: Tensor) -> list[int]:
+    """The leading dimensions of a product."""
+    return list(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))  # type: ignore[no-untyped-call]
+
+
 _LEAST = torch.finfo(torch.float32).min
 
 
 @torch.library.custom_op("t3c::matmul_f32", mutates_args=())
 def matmul_f32(a: Tensor, b: Tensor) -> Tensor:
     """float32 ``a`` [..., n, k] times ``b`` [..., k, m] -> [..., n, m]; leading dimensions broadcast."""
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    lead = _lead(a, b)
     left, right = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (a, b))
     return chain_matmul(left, right).reshape(*lead, a.shape[-2], b.shape[-1])
 
 
 @matmul_f32.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    lead = _lead(a, b)
     return a.new_empty((*lead, a.shape[-2], b.shape[-1]))
 
 
 def matmul_aten(a: Tensor, b: Tensor) -> Tensor:
     """``t3c::matmul_f32`` in ATen ops."""
-    return torch.ops.aten.matmul.default(a, b)
+    y: Tensor = torch.ops.aten.matmul.default(a, b)
+    return y
 
 
 @torch.library.custom_op("t3c::attention_f32", mutates_args=())
@@ -74,7 +81,7 @@ def attention_aten(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     """``t3c::attention_f32`` in ATen ops."""
-    return torch.ops.aten.scaled_dot_product_attention.default(
+    y: Tensor = torch.ops.aten.scaled_dot_product_attention.default(
         query,
         key,
         value,
@@ -84,3 +91,4 @@ def attention_aten(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return y

@@ -197,7 +197,8 @@ def row_sum(x: Tensor, squares: bool = False) -> Tensor:
 
     Partial sum i takes elements i, i + 16, i + 32, ... in turn; the sixteen are added in halves (8, 4, 2, 1).
     """
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % PARTIAL_SUMS)).unflatten(-1, (-1, PARTIAL_SUMS))
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % PARTIAL_SUMS))
+    padded = padded.reshape(*x.shape[:-1], -1, PARTIAL_SUMS)
     sums = x.new_zeros((*x.shape[:-1], PARTIAL_SUMS))
     for part in padded.unbind(-2):
         sums = fma(part, part, sums) if squares else sums + part

@@ -35,7 +35,8 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tens
 
 def layer_norm_aten(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``t3c::layer_norm_f32`` in ATen ops."""
-    return torch.ops.aten.layer_norm.default(x, [x.shape[-1]], weight, bias, eps)
+    y: Tensor = torch.ops.aten.layer_norm.default(x, [x.shape[-1]], weight, bias, eps)
+    return y
 
 
 @torch.library.custom_op("t3c::rms_norm_f32", mutates_args=())
@@ -73,7 +74,8 @@ def _(x: Tensor) -> Tensor:
 
 def softmax_aten(x: Tensor) -> Tensor:
     """``t3c::softmax_f32`` in ATen ops."""
-    return torch.ops.aten.softmax.int(x, -1)
+    y: Tensor = torch.ops.aten.softmax.int(x, -1)
+    return y
 
 
 @torch.library.custom_op("t3c::mean_f32", mutates_args=())
@@ -96,4 +98,5 @@ def _(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
 
 def mean_aten(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
     """``t3c::mean_f32`` in ATen ops."""
-    return torch.ops.aten.mean.dim(x, dim, keepdim)
+    y: Tensor = torch.ops.aten.mean.dim(x, dim, keepdim)
+    return y
