@@ -324,6 +324,22 @@ def _slice(lower: Lowering, a: Arguments) -> relax.Var:
     return x if statically_known_true(length == size[0]) else lower.expression(part, x)
 
 
+def _select(lower: Lowering, a: Arguments) -> relax.Var:
+    """One place of an axis; TVM would look it up in a table of one index."""
+    x, index = lower.value(a["self"]), a["index"]
+    if not isinstance(index, int):
+        return lower.default()
+    shape = shape_of(x)
+    dim = a["dim"] % len(shape)
+    place = index if index >= 0 else shape[dim] + index
+
+    def select(data: te.Tensor) -> te.Tensor:
+        out = [*shape[:dim], *shape[dim + 1 :]]
+        return te.compute(out, lambda *i: data(*i[:dim], place, *i[dim:]), name="select")
+
+    return lower.expression(select, x)
+
+
 def _cumsum(lower: Lowering, a: Arguments) -> relax.Var:
     x = lower.value(a["self"])
     dtype = str(lower.node.meta["val"].dtype).removeprefix("torch.")
@@ -376,6 +392,7 @@ CONVERTERS: dict[str, Converter] = {
     "linear.default": _linear,
     "conv_transpose3d.input": _conv_transpose3d,
     "slice.Tensor": _slice,
+    "select.int": _select,
     "cumsum.default": _cumsum,
     "index_copy.default": _index_copy,
     "scaled_dot_product_attention.default": _attention,
