@@ -26,7 +26,7 @@ of the difference of all outputs, divided by that of the reference.
 - **arm64**: the same, of which the greatest profile is run, under QEMU.
 - **dynamic shapes**: the x86_64 library on another batch (and sequence length); the least and the greatest profile.
 - **ONNX**: the greatest profile in ONNX Runtime; error against the specialized graph in torch.
-- **torch**, **linalg-on-tensors**, **tosa**, **stablehlo**: the greatest profile through torch-mlir; the module verifies.
+- **torch**, **linalg-on-tensors**, **tosa**, **stablehlo**: the greatest profile through torch-mlir; it verifies.
 
 """
 

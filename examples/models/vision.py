@@ -1,6 +1,7 @@
 """ResNet, ViT and Swin of the paper from torchvision, and timm's common families, with random weights."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,8 @@ from examples.models.torchvision_import import import_torchvision
 
 import_torchvision()
 import timm  # noqa: E402
+from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
+from timm.models._efficientnet_builder import decode_arch_def  # noqa: E402
 from torchvision import models  # noqa: E402
 
 _SMALL_CLASSES = 16
@@ -81,7 +84,7 @@ def _vit(layers: int, width: int, heads: int, small_layers: int) -> Callable[[bo
 
 def _swin_t(small: bool) -> nn.Module:
     if small:
-        return models.SwinTransformer([4, 4], 48, [2, 2], [2, 4], [4, 4], num_classes=_SMALL_CLASSES)
+        return models.SwinTransformer([4, 4], 48, [2, 1], [2, 4], [4, 4], num_classes=_SMALL_CLASSES)
     return models.SwinTransformer([4, 4], 96, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.2)
 
 
@@ -99,18 +102,34 @@ def _timm(
     return make
 
 
+def _mobilenetv3(small: bool) -> nn.Module:
+    if not small:
+        return timm.create_model("mobilenetv3_large_100")
+    blocks = [["ds_r1_k3_s2_e1_c16_nre"], ["ir_r1_k5_s2_e3_c24_se0.25_nre"], ["ir_r1_k3_s2_e4_c32_se0.25"]]
+    return timm.models.mobilenetv3.MobileNetV3(
+        decode_arch_def([*blocks, ["cn_r1_k1_s1_c96"]]),
+        num_classes=_SMALL_CLASSES,
+        num_features=128,
+        act_layer=nn.Hardswish,
+        se_layer=partial(SqueezeExcite, gate_layer="hard_sigmoid"),
+    )
+
+
 MODELS: dict[str, Builder] = {
     builder.name: builder
     for builder in (
         _builder("resnet50", _resnet([3, 4, 6, 3], [1, 1, 1, 1])),
         _builder("resnet101", _resnet([3, 4, 23, 3], [1, 2, 1, 1])),
-        _builder("vit_b_16", _vit(12, 768, 12, 2)),
-        _builder("vit_l_16", _vit(24, 1024, 16, 3)),
+        _builder("vit_b_16", _vit(12, 768, 12, 1)),
+        _builder("vit_l_16", _vit(24, 1024, 16, 2)),
         _builder("swin_t", _swin_t),
-        _builder("timm_resnet18", _timm("resnet18", both={"zero_init_last": False}, channels=(16, 24, 32, 48))),
+        _builder(
+            "timm_resnet18",
+            _timm("resnet18", both={"zero_init_last": False}, layers=(1, 1, 1, 1), channels=(16, 24, 32, 48)),
+        ),
         _builder(
             "timm_vit_small",
-            _timm("vit_small_patch16_224", img_size=64, embed_dim=64, depth=2, num_heads=2),
+            _timm("vit_small_patch16_224", img_size=64, embed_dim=64, depth=1, num_heads=2),
         ),
         _builder(
             "timm_swin_tiny",
@@ -119,15 +138,15 @@ MODELS: dict[str, Builder] = {
                 img_size=64,
                 window_size=4,
                 embed_dim=48,
-                depths=(2, 2),
+                depths=(2, 1),
                 num_heads=(2, 4),
             ),
         ),
         _builder(
             "timm_convnext_tiny",
-            _timm("convnext_tiny", both={"ls_init_value": 1.0}, depths=(1, 1, 2, 1), dims=(16, 32, 48, 64)),
+            _timm("convnext_tiny", both={"ls_init_value": 1.0}, depths=(1, 1, 1, 1), dims=(16, 32, 48, 64)),
         ),
-        _builder("timm_mobilenetv3_large", _timm("mobilenetv3_large_100", "mobilenetv3_small_050")),
+        _builder("timm_mobilenetv3_large", _mobilenetv3),
         _builder("timm_efficientnet_b0", _timm("efficientnet_b0", "test_efficientnet")),
     )
 }
