@@ -128,6 +128,7 @@ def _write(
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
             for name in (STORE, *(entry["library"] for entry in manifest["targets"].values()))
         }
+        del programs, store  # the process that measures has a copy of its own
         bar.update(task, advance=1, description="measure")
         (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         if measured:
@@ -156,6 +157,9 @@ def export_profiles(
     first: Graph | None = None
     for index, profile in enumerate(profiles.profiles):
         graph = specialize(model, profile.options, profile.activations, ranks)
+        for name, tensor in [*graph.named_parameters(), *graph.named_buffers()]:
+            if name in store:
+                tensor.data = store[name]  # profiles hold one copy of what they share
         like = None
         if first is None:
             first = graph.graph

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import t3c_compile
 from examples import decode_llama
 from examples.models.language import MODELS, transformers
-from t3c_compile.artifact import lower
+from t3c_compile.artifact import export_profiles, lower
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import build_library
 from t3c_compile.passes.capture import capture
@@ -134,6 +134,9 @@ def test_decoding_with_a_cache_gives_torchs_tokens(tmp_path: Path) -> None:
     session = t3c_compile.load(lower(elastic, profiles, ["x86_64"], tmp_path / "llama.t3c", inputs))
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_without_attention(decoder.model.config)))
     plain.load_state_dict(decoder.model.state_dict())
+    programs, store = export_profiles(elastic, profiles, inputs)
+    for program in programs.values():
+        assert all(t.data_ptr() == store[name].data_ptr() for name, t in program.state_dict.items())
     low, full = profiles.profiles
     assert {option.bits for option in full.options.values()} == {32}
     int8 = specialize(elastic, low.options, low.activations, profiles.store_ranks())
