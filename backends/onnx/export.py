@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,15 +56,19 @@ def export_onnx(
     from t3c_compile.backends.onnx.qdq import Expansion
     from t3c_compile.backends.onnx.shared_data import SharedData
 
+    inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
     ranks = store_ranks(model, [profile.options for profile in profiles])
     with (
+        warnings.catch_warnings(),
         whole_folder(path, (".onnx", Path(WEIGHTS).suffix), OnnxError) as folder,
         SharedData(folder / WEIGHTS) as data,
     ):
+        # Of torch's own code, by torch's own code.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         # The greatest first: the others are made of its first rows.
         for profile in reversed(profiles):
             graph = specialize(model, profile.options, profile.activations, ranks)
-            translated = _translated(model, graph, example_inputs, profile.name)
+            translated = _translated(graph, inputs, model.meta["t3c_dynamic_shapes"], profile.name)
             Expansion(translated, data).run()
             # The exporter notes where in the user's files each node came from.
             ClearMetadataAndDocStringPass()(translated)
@@ -101,18 +106,21 @@ def require_onnx() -> None:
         ) from error
 
 
-def _translated(
-    model: ElasticGraphModule, graph: torch.fx.GraphModule, example_inputs: tuple[Any, ...], name: str
-) -> Any:
+def _with_aten_floats(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The float stages as ATen ops, which ``torch.onnx`` has operators for; export traces through the functions."""
+    for node in graph.graph.nodes:
+        node.target = FLOAT_ATEN.get(node.target, node.target)
+    graph.recompile()
+    return graph
+
+
+def _translated(graph: torch.fx.GraphModule, inputs: tuple[Any, ...], dynamic_shapes: Any, name: str) -> Any:
     """A profile as an ``onnx_ir.Model`` in which ``t3c::`` ops are still one node each."""
     from t3c_compile.backends.onnx.keep_ops import translations
 
-    inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
-    shapes = model.meta["t3c_dynamic_shapes"]
     kept = translations(getattr(torch.ops.t3c, op).default for op in DEPLOYMENT_OPS)
     try:
-        program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions(dict(FLOAT_ATEN))
+        program = torch.export.export(_with_aten_floats(graph), inputs, dynamic_shapes=dynamic_shapes, strict=False)
         exported = torch.onnx.export(
             program, opset_version=_OPSET, dynamo=True, custom_translation_table=kept, verbose=False
         )

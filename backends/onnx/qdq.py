@@ -4,6 +4,9 @@ A product of int8 tensors is a float MatMul or Conv with DequantizeLinear on bot
 where the result is a middle: the form in which ONNX Runtime, TensorRT and others find their int8 kernels. A component's
 scale is the DequantizeLinear scale of its channel.
 
+Activations are uint8, 128 above the int8 of the ops: on x86-64, ONNX Runtime has no kernel for int8 ones, and makes
+uint8 of them only where one layer reads them.
+
 Weights keep the store's layout, and what brings them into the operator's (transposition, the cut of a core's columns,
 rounding to fewer bits) are nodes on constants, which runtimes fold when they load. So profiles at 5 to 8 bits read the
 same int8 bytes. 4-bit weights are INT4 initializers of their own, half the size; they go through a Cast to int8,
@@ -40,15 +43,21 @@ class Expansion:
         self._data = data
         self._constants: dict[Any, Value] = {}
         self._tape = Tape()
+        self._unsigned: set[Value] = set()
 
     def run(self) -> None:
         for node in list(self._graph):
             if node.domain == DOMAIN:
                 self._tape = Tape()
-                result = getattr(self, node.op_type)(**_arguments(node))
+                unsigned = node.op_type == "quantize_int8" and _is_read_by_kept_ops(node.outputs[0])
+                arguments = _arguments(node)
+                result = self._quantize(**arguments) if unsigned else getattr(self, node.op_type)(**arguments)
                 ir.convenience.replace_nodes_and_values(
                     self._graph, node, [node], self._tape.nodes, node.outputs, [result]
                 )
+                if unsigned:
+                    result.type = ir.TensorType(ir.DataType.UINT8)
+                    self._unsigned.add(result)
         for name, value in list(self._graph.initializers.items()):
             if not value.uses():
                 del self._graph.initializers[name]
@@ -61,6 +70,8 @@ class Expansion:
         return self._op("QuantizeLinear", x, self._scalar(scale, np.float32), self._scalar(zero_point, np.int8))
 
     def dequantize_int8(self, q: Value, scale: float, zero_point: int) -> Value:
+        if q in self._unsigned:
+            return self._dequantize(q, scale, zero_point)
         return self._op("DequantizeLinear", q, self._scalar(scale, np.float32), self._scalar(zero_point, np.int8))
 
     def int8_linear(
@@ -248,7 +259,16 @@ class Expansion:
         return self._op("Add", y, self._constant((bias.name, "pixels"), _array(bias)[:, None, None]))
 
     def _requantized(self, h: Value, scale: float) -> Value:
-        return self.dequantize_int8(self.quantize_int8(h, scale, 0), scale, 0)
+        return self._dequantize(self._quantize(h, scale, 0), scale, 0)
+
+    def _quantize(self, x: Value, scale: float, zero_point: int) -> Value:
+        """As uint8, 128 more than the int8 it stands for."""
+        return self._op("QuantizeLinear", x, self._scalar(scale, np.float32), self._scalar(zero_point + 128, np.uint8))
+
+    def _dequantize(self, q: Value, scale: float, zero_point: int) -> Value:
+        return self._op(
+            "DequantizeLinear", q, self._scalar(scale, np.float32), self._scalar(zero_point + 128, np.uint8)
+        )
 
     def _transposed(self, weight: Value) -> Value:
         return self._op("Transpose", weight, perm=[1, 0])
@@ -293,7 +313,7 @@ class Expansion:
         return self._constants[key]
 
     def _scalar(self, number: float, dtype: Any) -> Value:
-        return self._constant((number, dtype), np.array(number, dtype))
+        return self._constant((number, np.dtype(dtype).name), np.array(number, dtype))
 
     def _integers(self, numbers: list[int]) -> Value:
         return self._constant(tuple(numbers), np.array(numbers, np.int64))
@@ -327,6 +347,11 @@ def _arguments(node: ir.Node) -> dict[str, Any]:
     inputs = [*node.inputs, *[None] * len(names)]
     values = dict(zip(names, inputs, strict=False))
     return values | {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _is_read_by_kept_ops(value: Value) -> bool:
+    """Whether only ops that are expanded here see the dtype."""
+    return not value.is_graph_output() and all(use.node.domain == DOMAIN for use in value.uses())
 
 
 def _is_flat(x: Value) -> bool:

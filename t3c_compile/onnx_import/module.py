@@ -159,7 +159,6 @@ def _described(value: ir.Value) -> tuple[tuple[int | str, ...], str]:
 def _place(module: nn.Module, name: str, tensor: Tensor) -> str:
     """Put ``tensor`` in ``module`` under ``name``, or the nearest that Python allows and nothing else has."""
     parts = [re.sub(r"\W", "_", part) for part in name.split(".") if part]
-    parts = [f"_{part}" if part[:1].isdigit() else part for part in parts]
     while True:
         try:
             place_tensor(module, ".".join(parts), tensor)

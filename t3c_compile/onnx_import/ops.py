@@ -122,7 +122,9 @@ def _unsqueeze(node: OnnxNode, x: Tensor, axes: Numbers | None = None) -> Tensor
 def _split(node: OnnxNode, x: Tensor, sizes: Numbers | None = None) -> tuple[Tensor, ...]:
     axis = node.get("axis", 0)
     given = list(node.get("split", ())) if sizes is None else to_list(sizes)
-    return torch.split(x, given or -(-x.shape[axis] // len(node.outputs)), dim=axis)
+    count = len(node.outputs)
+    size = -(-x.shape[axis] // count)
+    return torch.split(x, given or [*[size] * (count - 1), x.shape[axis] - size * (count - 1)], dim=axis)
 
 
 def _slice(node: OnnxNode, x: Tensor, *bounds: Numbers | None) -> Tensor:
