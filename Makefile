@@ -5,6 +5,7 @@
 # make help     all targets
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 # setuptools is installed first and used as it is, so that the build is pinned like the rest.
@@ -23,7 +24,7 @@ demo: .venv/installed
 # Where the arm64 system cannot be built its tests are skipped with the reason; with CI=true they fail.
 test: .venv/installed-dev
 	@$(BIN)/python scripts/arm64_root.py || test "$$CI" != true
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Random graphs, ten times as many as in `make test`; it prints the seed, the refusals and their reasons.
 fuzz: .venv/installed-dev
