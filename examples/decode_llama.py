@@ -5,7 +5,10 @@ The caches are inputs and outputs: keys and values of each layer, [batch, key-va
 ``--full`` for TinyLlama-1.1B's sizes.
 """
 
+import argparse
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+import t3c_compile as t3c
 from examples.models.language import llama_config, settled, transformers
+from t3c_compile.backends.targets import get_target
 
 Run = Callable[..., Sequence[Any]]
 
@@ -94,7 +99,7 @@ def dynamic_shapes(decoder: Decoder, length: int) -> Any:
     return {0: batch, 1: tokens}, {}, ({0: batch},) * caches
 
 
-def generate(run: Run, first: tuple[Any, ...], count: int) -> np.ndarray[Any, Any]:
+def generate(run: Run, first: Sequence[Any], count: int) -> np.ndarray[Any, Any]:
     """``count`` greedy tokens [batch, count] after the prompts in ``first``, which :func:`inputs` gives.
 
     ``run`` is a session's, or a torch module: whatever takes and gives the tensors of ``Decoder.forward``.
@@ -106,3 +111,37 @@ def generate(run: Run, first: tuple[Any, ...], count: int) -> np.ndarray[Any, An
         position, ids = position + ids.shape[1], logits.argmax(-1)[:, None]
         found.append(np.asarray(ids))
     return np.concatenate(found, 1)
+
+
+def main() -> None:
+    """Lower a decoder of random weights, generate with every profile, and compare the greatest with torch."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--full", action="store_true", help="TinyLlama-1.1B's widths instead of small ones")
+    parser.add_argument("--layers", type=int, help="number of layers")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--output", default="build/decode_llama.t3c", help="the artifact")
+    arguments = parser.parse_args()
+    decoder = build(not arguments.full, **({"num_hidden_layers": arguments.layers} if arguments.layers else {}))
+    length = arguments.tokens + 16
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(2, decoder.model.config.vocab_size, (4, 8), generator=generator)
+    example = inputs(decoder, prompts[:2], length)
+    elastic = t3c.transform(decoder, example, dynamic_shapes=dynamic_shapes(decoder, length), progress=True).eval()
+    profiles = t3c.snap(elastic, [example], [get_target("x86_64")], count=3, full_model=True, progress=True)
+    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    t3c.lower(elastic, profiles, ["x86_64"], arguments.output, example, progress=True)
+    first = inputs(decoder, prompts[2:3], length)
+    with torch.no_grad():
+        expected = generate(decoder, first, arguments.tokens)
+    session = t3c.load(arguments.output)
+    for profile in session.profiles:
+        session.set_profile(profile.name)
+        start = time.perf_counter()
+        found = generate(session.run, [x.numpy() for x in first], arguments.tokens)
+        spent = 1e3 * (time.perf_counter() - start) / arguments.tokens
+        same = int((found == expected).cumprod().sum())
+        print(f"{profile.name}: {profile.size_mb:.3g} MB, {spent:.3g} ms a token, {same} tokens as torch's in float32")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ def inline_regions(gm: GraphModule) -> None:
                 results = [_detached(gm.graph, result) for result in results]
         for user in list(node.users):
             assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(results[user.args[1]])
             gm.graph.erase_node(user)
         gm.graph.erase_node(node)
     if regions:
