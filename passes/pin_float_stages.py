@@ -58,6 +58,12 @@ def _rank(node: Node) -> int:
     return int(node.meta["val"].dim())
 
 
+def _is_stored(node: Node) -> bool:
+    """Whether ``node`` is a parameter or made of parameters alone."""
+    sources = node.all_input_nodes
+    return node.op == "get_attr" or (node.op == "call_function" and bool(sources) and all(map(_is_stored, sources)))
+
+
 def _call(graph: Graph, like: Node, op: Any, *args: Any) -> Node:
     """A call whose value is worked out from its arguments' values."""
     node = graph.call_function(op, args)
@@ -138,7 +144,7 @@ def _attention(graph: Graph, node: Node, a: Arguments) -> Node | None:
 
 def _matmul(graph: Graph, node: Node, a: Arguments) -> Node | None:
     left, right = a["self"], a["other"] if "other" in a else a["mat2"]
-    if "get_attr" in (left.op, right.op) or min(_rank(left), _rank(right)) < 2:
+    if _is_stored(left) or _is_stored(right) or min(_rank(left), _rank(right)) < 2:
         return None
     return graph.call_function(t3c.matmul_f32.default, (left, right))
 
