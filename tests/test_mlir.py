@@ -187,6 +187,28 @@ def test_other_dialects_run_too(transformer: Case, dialect: str, tmp_path: Path)
     assert_like(compiled(x), transformer.graph("p1")(x))
 
 
+class _Awkward(nn.Module):
+    """A buffer that no state_dict has, a slice without a start, a roll, a norm: [N, 6, 8] to [N, 6, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(9)[None], persistent=False)
+        self.table, self.norm = nn.Embedding(9, 8), nn.GroupNorm(2, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.ops.aten.slice.Tensor(self.positions, 1, None, x.shape[1])
+        return torch.roll(self.norm(x) + self.table(positions), (2, -1), (1, 2))
+
+
+@pytest.mark.parametrize("dialect", ["linalg-on-tensors", "tosa"])
+def test_awkward_ops_run(dialect: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Awkward(), torch.randn(3, 6, 8)
+    module = lower_program(torch.export.export(model, (x,)), dialect)
+    found = run(module.operation.get_asm(print_generic_op_form=dialect == "tosa"), dialect)(x).to_host()
+    assert np.allclose(found, model(x).detach().numpy(), atol=1e-5)
+
+
 class _Odd(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

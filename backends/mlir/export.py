@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from t3c_compile.backends.mlir.without_float64 import without_float64
+from t3c_compile.backends.mlir.tosa_forms import tosa_forms
 from t3c_compile.backends.whole_folder import whole_folder
 from t3c_compile.passes.capture import two_rows
 from t3c_compile.passes.errors import T3CError
@@ -77,7 +77,10 @@ def lower_program(program: ExportedProgram, dialect: str) -> Any:
     from torch_mlir.fx import export_and_import
 
     table = {**get_decomposition_table(), **decompositions(float64=dialect != "tosa")}
-    program = program.run_decompositions(table | without_float64() if dialect == "tosa" else table)
+    program = program.run_decompositions(table | tosa_forms() if dialect == "tosa" else table)
+    # torch-mlir looks for every buffer there; export keeps those that a state_dict leaves out elsewhere.
+    kept = {name: program.constants[name] for name in program.graph_signature.non_persistent_buffers}
+    program.state_dict.update(kept)
     context = ir.Context()
     torch_dialect.register_dialect(context)
     said: list[tuple[str, str]] = []

@@ -1,4 +1,5 @@
-"""ATen ops that torch-mlir writes with float64 inside, written without it: TOSA has none."""
+"""ATen ops in other words, because of how torch-mlir writes them: with float64 inside, which TOSA has not, or with
+slices whose start or end is left out, which it does not take there."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +13,8 @@ aten = torch.ops.aten
 _LEAST = torch.finfo(torch.float32).min
 
 
-def without_float64() -> dict[Any, Callable[..., Any]]:
-    """A decomposition table; norms, variances and softmax of attention come out in the tensors' own type."""
+def tosa_forms() -> dict[Any, Callable[..., Any]]:
+    """A decomposition table for graphs of fixed sizes."""
     norms: dict[Any, Any] = torch._decomp.get_decompositions(
         [aten.native_layer_norm.default, aten.native_group_norm.default]
     )
@@ -21,6 +22,8 @@ def without_float64() -> dict[Any, Callable[..., Any]]:
         aten.var_mean.correction: _var_mean,
         aten.var.correction: lambda *args, **options: _var_mean(*args, **options)[0],
         aten._safe_softmax.default: _safe_softmax,
+        aten.roll.default: _roll,
+        aten.slice.Tensor: _slice,
     }
 
 
@@ -42,3 +45,20 @@ def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tens
     greatest = aten.clamp.default(aten.amax.default(x, [dim], True), _LEAST)
     e = aten.exp.default(aten.sub.Tensor(x, greatest))
     return aten.div.Tensor(e, aten.clamp.default(aten.sum.dim_IntList(e, [dim], True), 1.0))  # type: ignore[no-any-return]
+
+
+def _roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
+    if not dims:
+        return _roll(x.flatten(), shifts, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        kept = size - shift % size
+        parts = [aten.slice.Tensor(x, dim, kept, size), aten.slice.Tensor(x, dim, 0, kept)]
+        x = aten.cat.default(parts if kept < size else parts[1:], dim)
+    return x
+
+
+def _slice(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    if start is not None and end is not None:
+        return NotImplemented
+    return aten.slice.Tensor(x, dim, start or 0, x.shape[dim] if end is None else end, step)
