@@ -105,7 +105,7 @@ def test_lowered_for_x86_64(name: str, tmp_path: Path) -> None:
     assert float(expected.std(0).mean()) > 0.05 * float(expected.std())
 
 
-@pytest.mark.parametrize("name", ["swin_t", "timm_mobilenetv3_large"])
+@pytest.mark.parametrize("name", ["timm_mobilenetv3_large"])
 def test_lowered_for_arm64(name: str, tmp_path: Path, arm64: ModuleType) -> None:
     builder = MODELS[name]
     elastic, profiles = snapped(name)
