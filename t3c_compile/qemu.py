@@ -12,8 +12,11 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["command", "emulator", "environment", "find_root", "run_python", "unavailable"]
+from t3c_compile.passes.errors import T3CError
+
+__all__ = ["command", "emulator", "environment", "find_root", "run_profiles", "run_python", "unavailable"]
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -69,6 +72,37 @@ def run_python(
     return subprocess.run(
         command(args, cpu=cpu), env=environment(env), cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
+
+
+# All that the device is given: the artifact and one input.
+_EVERY_PROFILE = """
+import sys, numpy, t3c_compile
+session, x, found = t3c_compile.load(sys.argv[1], sys.argv[2]), numpy.load(sys.argv[3]), {}
+for profile in session.profiles:
+    session.set_profile(profile.name)
+    result = session.run(x)
+    for i, value in enumerate(result if isinstance(result, tuple) else (result,)):
+        found[f"{profile.name}.{i}"] = value
+numpy.savez(sys.argv[4], **found)
+"""
+
+
+def run_profiles(artifact: Path, target: str, x: Any) -> dict[str, list[Any]]:
+    """What every profile of an artifact gives for the numpy array `x`, run from the library for `target`: a list of
+    outputs by profile. Raises T3CError, with what was printed, where that fails."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        given, results = Path(folder, "x.npy"), Path(folder, "y.npz")
+        np.save(given, x)
+        done = run_python(["-c", _EVERY_PROFILE, str(artifact.absolute()), target, str(given), str(results)])
+        if done.returncode:
+            raise T3CError(f"the library for {target} failed under QEMU:\n{done.stderr}")
+        outputs: dict[str, list[Any]] = {}
+        with np.load(results) as found:
+            for name in found.files:
+                outputs.setdefault(name.rpartition(".")[0], []).append(found[name])
+    return outputs
 
 
 def emulator() -> str | None:
