@@ -110,7 +110,7 @@ class Row:
         return relative(first_tensor(graph(*self.inputs)), first_tensor(self.model(*self.inputs)))
 
     def train_step(self) -> str:
-        """One step of gradient descent, of a size that should lower the loss by 1%, and back again."""
+        """One step of gradient descent, of a size that should lower the loss by 1%; later cells go on from there."""
         elastic = self.elastic.train()
         loss = self._loss()
         loss.backward()

@@ -20,7 +20,7 @@ EXACT_SIDE = 96
 
 @torch.no_grad()
 def spectral_norms(apply: Callable[[Tensor], Tensor], inputs: int, count: int) -> Tensor:
-    """Upper bounds [count] on the norms of ``count`` linear maps, at most 5% above them.
+    """Upper bounds [count] on the norms of ``count`` linear maps, at most 7% above them for up to a million inputs.
 
     ``apply`` takes float32 [inputs, count], one vector for each map, and gives [outputs, count].
     """
@@ -29,7 +29,7 @@ def spectral_norms(apply: Callable[[Tensor], Tensor], inputs: int, count: int) -
     now, before, off = start / start.norm(dim=0), torch.zeros_like(start), torch.zeros(count)
     diagonal, off_diagonal = [], []
     for _ in range(steps):
-        image, pull = torch.func.vjp(apply, now)
+        image, pull, *_ = torch.func.vjp(apply, now)
         (after,) = pull(image)
         diagonal.append((now * after).sum(0))
         after = after - diagonal[-1] * now - off * before
@@ -40,11 +40,12 @@ def spectral_norms(apply: Callable[[Tensor], Tensor], inputs: int, count: int) -
     small = torch.diag_embed(torch.stack(diagonal, 1).double())
     sides = torch.stack(off_diagonal[:-1], 1).double() if steps > 1 else torch.zeros(count, 0).double()
     small = small + torch.diag_embed(sides, 1) + torch.diag_embed(sides, -1)
-    found = torch.linalg.eigvalsh(small)[:, -1].clamp_min(0).sqrt().float()
+    found: Tensor = torch.linalg.eigvalsh(small)[:, -1].clamp_min(0).sqrt().float()
     if steps == inputs:
         return found  # the whole space has been seen
     share = (math.log(1.648 * math.sqrt(inputs) / _MISS) / (2 * steps - 1)) ** 2
-    return found / math.sqrt(1 - share)
+    found = found / math.sqrt(1 - share)
+    return found
 
 
 def matrix_norm(matrix: Tensor) -> float:

@@ -213,7 +213,7 @@ def _greatest_row(error: Tensor) -> Tensor:
 
 @torch.no_grad()
 def error_norms(layer: ElasticLayer, options: Sequence[Option]) -> list[float]:
-    """``||W - W(option)||`` for each option: the spectral norm of the flattened error (at most 5% above it for large
+    """``||W - W(option)||`` for each option: the spectral norm of the flattened error (at most 7% above it for large
     layers, see :mod:`t3c_compile.passes.spectral_norm`), times ``sqrt(kh kw)`` for kernels.
 
     Options of one width are taken together.

@@ -60,7 +60,8 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     table[torch.ops.aten.group_norm.default] = _group_norm
     # ATen's own decomposition joins batch and channels, and TVM's importer wants that product to be a number.
     table[torch.ops.aten.instance_norm.default] = _instance_norm
-    return program.run_decompositions(table)
+    decomposed: ExportedProgram = program.run_decompositions(table)
+    return decomposed
 
 
 def _group_norm(
