@@ -113,8 +113,7 @@ def restore(model: nn.Module, example_inputs: tuple[Any, ...], path: str | os.Pa
         left = layers.keys() - dict(elastic_layers(elastic)).keys()
         if left:
             raise StateError(f"the model has no layers {', '.join(sorted(left))}")
-        # The names of the tensors that only one mode reads may differ from capture to capture.
-        load_state(elastic, {name: tensor for name, tensor in root.state_dict().items()})
+        load_state(elastic, root.state_dict())
     except (PassConditionError, StateError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this model: {error}") from error
     del elastic.meta["t3c_restored"]

@@ -81,7 +81,8 @@ class TrainingState:
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         rest = {"version": _VERSION, "setup": setup, "history": history}
         rest["proxy"] = None if self.proxy is None else self.proxy.state_dict()
-        temporary = path.with_name(f"{path.name}.{'' if self.sharded else os.getpid()}.tmp")
+        # All processes write into the one folder.
+        temporary = path.with_name(f"{path.name}.tmp" if self.sharded else f"{path.name}.{os.getpid()}.tmp")
         if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,9 +94,11 @@ class TrainingState:
             return
         try:
             torch.save(state | rest, temporary / _REST if self.sharded else temporary)
+            old = path.with_name(f"{path.name}.old")
             if path.is_dir():
-                shutil.rmtree(path)
+                path.rename(old)
             os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             temporary.unlink(missing_ok=True) if temporary.is_file() else shutil.rmtree(temporary, ignore_errors=True)
 
