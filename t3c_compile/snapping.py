@@ -60,9 +60,9 @@ def snap(
     """Nested profiles of ``model`` on the grid its targets share.
 
     Every group of layers (see ``t3c_compile.groups``) climbs its chains one option at a time. With a ``controller`` the
-    climb is what it answers as the budget grows; without, the next upgrade is always the one that saves the most certified error for its cost. ``count``
-    points evenly spaced in cost become profiles; one that costs more than another and is no closer to the full model
-    on the calibration data is dropped, and the notes say so.
+    climb is what it answers as the budget grows; without, the next upgrade is always the one that saves the most
+    certified error for its cost. ``count`` points evenly spaced in cost become profiles; one that costs more than
+    another and is no closer to the full model on the calibration data is dropped, and the notes say so.
 
     Args:
         calibration: input tuples, also used to set each profile's activation ranges.
@@ -229,8 +229,7 @@ def drop_dominated(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:
     notes: list[str] = []
     for profile in profiles:
         better = next((k for k in kept if k.quality["kl"] <= profile.quality["kl"]), None)
-        # The greatest profile is the top of every chain and stays: it is what the store holds.
-        if better is not None and profile is not profiles[-1]:
+        if better is not None:
             notes.append(
                 f"a profile of {profile.size_bytes} bytes was dropped: KL {profile.quality['kl']:.2e} on calibration "
                 f"data, no better than {better.quality['kl']:.2e} at {better.size_bytes} bytes"
