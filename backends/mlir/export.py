@@ -81,6 +81,7 @@ def lower_program(program: ExportedProgram, dialect: str) -> Any:
     # torch-mlir looks for every buffer there; export keeps those that a state_dict leaves out elsewhere.
     kept = {name: program.constants[name] for name in program.graph_signature.non_persistent_buffers}
     program.state_dict.update(kept)
+    _clone_constant_indices(program.graph)
     context = ir.Context()
     torch_dialect.register_dialect(context)
     said: list[tuple[str, str]] = []
@@ -169,6 +170,17 @@ def _layer(program: ExportedProgram, op: str, frames: list[tuple[str, str]]) -> 
     for node in traced or same:
         return str(list(node.meta["nn_module_stack"].values())[-1][0])
     return ""
+
+
+def _clone_constant_indices(graph: torch.fx.Graph) -> None:
+    """torch-mlir takes no constant within the list of an ``index`` op, but a copy of one."""
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.index.Tensor):
+        for index in [entry for entry in node.args[1] if entry is not None and entry.op == "placeholder"]:
+            with graph.inserting_before(node):
+                copied = graph.call_function(aten.clone.default, (index,))
+            copied.meta = {**node.meta, **index.meta}
+            node.replace_input_with(index, copied)
 
 
 def _sizes(node: torch.fx.Node) -> Iterable[Any]:
