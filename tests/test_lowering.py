@@ -272,6 +272,21 @@ class _Exotic(nn.Module):
         return torch.special.bessel_j0(torch.special.i0(x))
 
 
+@pytest.mark.parametrize("height", [1, 2, 3])
+@pytest.mark.parametrize("width", [2, 5])
+def test_a_padded_float_convolution_of_few_pixels(folder: Path, height: int, width: int) -> None:
+    """Rows shorter than a vector: the padding's condition differs within it."""
+    torch.manual_seed(4)
+    conv, x = torch.nn.Conv2d(16, 16, 3, padding=1), torch.randn(1, 16, height, width)
+    program = torch.export.export(conv, (x,))
+    library = build_library({"f": program}, get_target("x86_64"), folder / f"conv{height}{width}.so")
+    machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
+    state = {name: tensor.detach().numpy() for name, tensor in program.state_dict.items()}
+    weights = machine[library.pack_function](*[tvm.runtime.tensor(state[name]) for name in library.raw_parameters])
+    found = machine["f"](tvm.runtime.tensor(x.numpy()), weights).numpy()
+    np.testing.assert_allclose(found, conv(x).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_unsupported_ops_are_all_named(tmp_path: Path) -> None:
     program = torch.export.export(Unsupported(), (torch.randn(4, 4),))
     with pytest.raises(UnsupportedOpError) as caught:

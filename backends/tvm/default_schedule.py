@@ -39,10 +39,15 @@ def schedule_default(function: tvm.tirx.PrimFunc, lanes: int) -> tvm.tirx.PrimFu
 
 
 def _inline(schedule: Any, blocks: list[Any]) -> list[Any]:
-    """Inline every element-wise stage into its consumer; what is left."""
+    """Inline every element-wise stage into its consumer; what is left.
+
+    A stage with conditions (padding) stays before a reduction: in it they would be tested for every term, and TVM's
+    vectors of them are wrong where a row is shorter than a vector.
+    """
     left = []
     for block in blocks[:-1]:
-        if _is_reduction(schedule, block):
+        feeds_sum = any(_is_reduction(schedule, consumer) for consumer in schedule.get_consumers(block))
+        if _is_reduction(schedule, block) or (feeds_sum and _has_condition(schedule, block)):
             left.append(block)
             continue
         try:
@@ -54,6 +59,10 @@ def _inline(schedule: Any, blocks: list[Any]) -> list[Any]:
 
 def _is_reduction(schedule: Any, block: Any) -> bool:
     return any(int(v.iter_type) == _REDUCTION for v in schedule.get(block).iter_vars)
+
+
+def _has_condition(schedule: Any, block: Any) -> bool:
+    return "if_then_else" in schedule.get(block).script()
 
 
 def _extent(schedule: Any, loop: Any) -> int | None:
