@@ -1,6 +1,6 @@
 """Latency of whole networks on this machine's CPU, ours against torch and the int8 engines people use.
 
-    python benchmarks/latency.py [--models resnet50 vit_b_16 bert_base] [--batch 1 8] [--threads 1 2] [--engines ...]
+    python -m benchmarks.latency [--models resnet50 vit_b_16 bert_base] [--batch 1 8] [--threads 1 2] [--engines ...]
 
 Every engine runs in a process of its own, on as many cores as threads; engines take turns, and the ones that wait are
 stopped, so that no thread pool spins beside the one measured. A figure is the median over rounds of a round's median.
