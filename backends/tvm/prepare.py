@@ -1,5 +1,6 @@
 """Exported programs made ready for import: decomposed to what the importer knows."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -60,7 +61,9 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     table[torch.ops.aten.group_norm.default] = _group_norm
     # ATen's own decomposition joins batch and channels, and TVM's importer wants that product to be a number.
     table[torch.ops.aten.instance_norm.default] = _instance_norm
-    decomposed: ExportedProgram = program.run_decompositions(table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, from a class of its that it copies
+        decomposed: ExportedProgram = program.run_decompositions(table)
     return decomposed
 
 
