@@ -1,6 +1,7 @@
 """Snap: the budget axis becomes a few nested profiles on a target's grid."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -62,7 +63,8 @@ def snap(
     Every group of layers (see ``t3c_compile.groups``) climbs its chains one option at a time. With a ``controller`` the
     climb is what it answers as the budget grows; without, the next upgrade is always the one that saves the most
     certified error for its cost. ``count`` points evenly spaced in cost become profiles; one that costs more than
-    another and is no closer to the full model on the calibration data is dropped, and the notes say so.
+    another and is no closer to the full model on the calibration data is dropped, and the notes say so; others between
+    those kept are tried in its place.
 
     Args:
         calibration: input tuples, also used to set each profile's activation ranges.
@@ -82,19 +84,29 @@ def snap(
         path, order = _greedy_path(model, ladder, proxy, targets[0]), "certified error saved per cost"
     else:
         path, order = _controller_path(controller, ladder, layer_groups(model)), "controller"
-    points = _spread(model, ladder, path, targets[0], count)
+    sizes = _sizes(model, ladder, path, targets[0])
     full = _logits(model, calibration)
-    profiles: list[Profile] = []
+    measured: dict[int, Profile] = {}
     with Progress(disable=not progress, transient=True) as bar:
-        chosen = [{name: ladder[name][level] for name, level in levels.items()} for levels in points]
+
+        def measure(chosen: list[dict[str, Option]]) -> list[Profile]:
+            return [
+                _measure(model, options, calibration, full, labels, proxy, targets)
+                for options in bar.track(chosen, description="snap")
+            ]
+
+        points = _spread(sizes, count)
+        while points:
+            options = [{name: ladder[name][level] for name, level in path[i].items()} for i in points]
+            measured |= dict(zip(points, measure(options), strict=True))
+            kept, notes = drop_dominated([measured[i] for i in sorted(measured)])
+            # Those dropped are replaced by points between the ones kept.
+            missing = min(count - len(kept), 2 * count - len(measured))
+            points = _between(sizes, [i for i in measured if measured[i] in kept], set(measured))[: max(0, missing)]
         if full_model:
-            chosen.append(_full_options(model, ladder))
-        for options in bar.track(chosen, description="snap"):
-            profiles.append(_measure(model, options, calibration, full, labels, proxy, targets))
+            kept += measure([_full_options(model, ladder)])
     model.set_full()
     model.train(training)
-    kept, notes = drop_dominated(profiles[: len(points)])
-    kept += profiles[len(points) :]
     for index, profile in enumerate(kept):
         profile.name = f"p{index}"
     return ProfileSet(kept, order, notes)
@@ -166,21 +178,31 @@ def _scalar(cost: Cost, target: Target) -> float:
     return 1e3 * cost.latency_ms + cost.size_bytes / (target.bandwidth_gbps * 1e3)
 
 
-def _spread(
-    model: ElasticGraphModule,
-    ladder: Mapping[str, tuple[Option, ...]],
-    path: list[Levels],
-    target: Target,
-    count: int,
-) -> list[Levels]:
-    """``count`` points of the path, evenly spaced in the logarithm of size, ends included."""
+def _sizes(
+    model: ElasticGraphModule, ladder: Mapping[str, tuple[Option, ...]], path: list[Levels], target: Target
+) -> list[float]:
+    """Bytes at every point of the path."""
     layers, kept = dict(elastic_layers(model)), kept_bytes(model)
     costs = {name: [cost.size_bytes for cost in option_costs(layers[name], ladder[name], target)] for name in ladder}
-    sizes = [kept + sum(costs[name][level] for name, level in levels.items()) for levels in path]
+    return [kept + sum(costs[name][level] for name, level in levels.items()) for levels in path]
+
+
+def _spread(sizes: list[float], count: int) -> list[int]:
+    """``count`` points evenly spaced in the logarithm of size, ends included."""
     ratio = sizes[-1] / sizes[0]
     wanted = [sizes[0] * ratio ** (step / max(1, count - 1)) for step in range(count)]
-    chosen = sorted({min(range(len(path)), key=lambda i: abs(sizes[i] - w)) for w in wanted})
-    return [path[i] for i in chosen]
+    return sorted({min(range(len(sizes)), key=lambda i: abs(sizes[i] - w)) for w in wanted})
+
+
+def _between(sizes: list[float], kept: list[int], measured: set[int]) -> list[int]:
+    """Points not yet measured, each nearest the middle of two neighbours kept; the widest gap first."""
+    found: list[tuple[float, int]] = []
+    for low, high in pairwise(sorted(kept)):
+        free = [i for i in range(low + 1, high) if i not in measured]
+        if free:
+            middle = (sizes[low] * sizes[high]) ** 0.5
+            found.append((sizes[low] / sizes[high], min(free, key=lambda i: abs(sizes[i] - middle))))
+    return [point for _, point in sorted(found)]
 
 
 @torch.no_grad()
