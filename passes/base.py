@@ -112,6 +112,18 @@ def add_call(like: Node, target: Any, *args: Any) -> Node:
     return node
 
 
+def bound(node: Node) -> dict[str, Any]:
+    """A node's arguments by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    values: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            values[argument.name] = node.args[index]
+        else:
+            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return values
+
+
 def erase_dead_attrs(gm: GraphModule) -> None:
     """Drop ``get_attr`` nodes nobody reads; dead-code elimination lints before it deletes, so they must go first."""
     for node in reversed(gm.graph.nodes):

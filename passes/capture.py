@@ -13,7 +13,7 @@ from t3c_compile.passes.base import erase_dead_attrs, get_attr, report_of
 from t3c_compile.passes.errors import BadWeightsError, CaptureError
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor, tensors_are_finite
 from t3c_compile.passes.inline_regions import inline_regions
-from t3c_compile.passes.state import state_names
+from t3c_compile.passes.state import named_tensors, state_names
 from t3c_compile.passes.unwrap_subclasses import unwrap_subclasses
 
 _TORCH = Path(torch.__file__).parent
@@ -129,6 +129,11 @@ def two_rows(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
 
 
+def traced_inputs(elastic: ElasticGraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs to export a graph of ``elastic`` with, so that what is free in it stays free."""
+    return two_rows(example_inputs) if elastic.meta["t3c_two_rows"] else example_inputs
+
+
 def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> GraphModule:
     try:
         program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
@@ -185,8 +190,7 @@ class _Both(nn.Module):
         super().__init__()
         copies: dict[int, Tensor] = {}
         for module in (trained, evaluated):
-            named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-            for name, tensor in named:
+            for name, tensor in named_tensors(module):
                 if id(tensor) not in copies:
                     copy = tensor.detach()
                     if not (share and isinstance(tensor, nn.Parameter)):

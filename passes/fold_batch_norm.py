@@ -1,13 +1,16 @@
 """Fold evaluation-mode batch norm into the convolution or linear before it, for lowering."""
 
+from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from t3c_compile.passes.base import Pass, erase_dead_attrs, get_attr
+from t3c_compile.passes.base import Pass, bound, erase_dead_attrs, get_attr
+from t3c_compile.passes.parameter_view import readers
 
 aten = torch.ops.aten
 t3c = torch.ops.t3c
@@ -30,14 +33,15 @@ class FoldBatchNorm(Pass):
 
     def apply(self, gm: GraphModule) -> bool:
         folded = 0
+        shared = _shared(gm)
         for node in list(gm.graph.nodes):
-            if node.op == "call_function" and node.target == aten.batch_norm.default and self._fold(gm, node):
+            if node.op == "call_function" and node.target == aten.batch_norm.default and self._fold(gm, node, shared):
                 folded += 1
         if folded:
             erase_dead_attrs(gm)
         return bool(folded)
 
-    def _fold(self, gm: GraphModule, norm: Node) -> bool:
+    def _fold(self, gm: GraphModule, norm: Node, shared: Set[str]) -> bool:
         args = bound(norm)
         source = args["input"]
         if args["training"] or not isinstance(source, Node) or len(source.users) != 1:
@@ -48,8 +52,7 @@ class FoldBatchNorm(Pass):
         tensors = [values[name] for name in ("weight", "bias") if name in values]
         if any(isinstance(tensor, Node) and tensor.op != "get_attr" for tensor in tensors):
             return False  # computed in the graph
-        parameters = [v for v in values.values() if isinstance(v, Node) and v.op == "get_attr"]
-        if any(_readers(gm, get_attr(gm, str(parameter.target))) > 1 for parameter in parameters):
+        if any(isinstance(v, Node) and v.op == "get_attr" and str(v.target) in shared for v in values.values()):
             return False  # weights that another call shares
         mean, var = (get_attr(gm, str(args[name].target)) for name in ("running_mean", "running_var"))
         gain = torch.rsqrt(var + args["eps"])
@@ -83,18 +86,6 @@ class FoldBatchNorm(Pass):
             return gm.graph.get_attr(target)
 
 
-def bound(node: Node) -> dict[str, Any]:
-    """A node's arguments by schema name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    values: dict[str, Any] = {}
-    for index, argument in enumerate(schema.arguments):
-        if index < len(node.args):
-            values[argument.name] = node.args[index]
-        else:
-            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return values
-
-
 def owner_of(node: Node) -> str:
     """The module that holds a node's parameters."""
     for value in node.args:
@@ -103,9 +94,11 @@ def owner_of(node: Node) -> str:
     raise AssertionError(f"{node.name} has no parameter")
 
 
-def _readers(gm: GraphModule, tensor: Tensor) -> int:
-    nodes = [node for node in gm.graph.nodes if node.op == "get_attr"]
-    return sum(len(node.users) for node in nodes if get_attr(gm, str(node.target)) is tensor)
+def _shared(gm: GraphModule) -> set[str]:
+    """Names of the tensors that more than one node reads."""
+    reads = Counter(id(tensor) for tensor, _, _ in readers(gm, gm.graph))
+    names = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    return {name for name in names if reads[id(get_attr(gm, name))] > 1}
 
 
 def _column(values: Tensor, dims: int) -> Tensor:

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from t3c_compile.passes.base import Pass
-from t3c_compile.passes.fold_batch_norm import bound
+from t3c_compile.passes.base import Pass, bound
 
 aten = torch.ops.aten
 t3c = torch.ops.t3c

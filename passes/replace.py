@@ -16,6 +16,7 @@ from t3c_compile.passes.low_rank import svd_factors
 from t3c_compile.passes.parameter_view import parameter_view
 from t3c_compile.passes.record_moments import InputMoments
 from t3c_compile.passes.resume import Factors, kept_factors
+from t3c_compile.passes.state import named_tensors
 from t3c_compile.passes.to_dense import Source
 
 _PASSES = {"linear": "decompose-linear", "conv2d": "decompose-conv", "table": "replace-table"}
@@ -130,8 +131,7 @@ def _drop_unread(gm: GraphModule, tensor: Tensor | None) -> None:
     read = {id(get_attr(gm, str(node.target))) for node in gm.graph.nodes if node.op == "get_attr"}
     if tensor is None or id(tensor) in read:
         return
-    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
-    for name in [name for name, other in named if other is tensor]:
+    for name in [name for name, other in named_tensors(gm) if other is tensor]:
         owner, _, leaf = name.rpartition(".")
         if not isinstance(gm.get_submodule(owner), ElasticLayer):
             delattr(gm.get_submodule(owner), leaf)

@@ -17,6 +17,7 @@ from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.pin_float_stages import PinFloatStages
+from t3c_compile.passes.state import named_tensors
 
 aten = torch.ops.aten
 t3c = torch.ops.t3c
@@ -195,8 +196,7 @@ def _drop_unused_tensors(gm: GraphModule) -> None:
 def _copy_shared(gm: GraphModule, shared: Container[int]) -> None:
     """Give ``gm`` copies of its tensors whose memory is at one of the addresses ``shared``; tied ones stay tied."""
     copies: dict[int, Tensor] = {}
-    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
+    for name, tensor in list(named_tensors(gm)):
         if tensor.data_ptr() in shared:
             if id(tensor) not in copies:
                 copied = tensor.detach().clone()

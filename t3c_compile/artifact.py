@@ -20,7 +20,7 @@ from t3c_compile.backends.targets import Target, cpu_features, get_target, machi
 from t3c_compile.cost import dense_int8_bytes
 from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifest, sha256
 from t3c_compile.measuring import CALLS, measure
-from t3c_compile.passes.capture import two_rows
+from t3c_compile.passes.capture import traced_inputs
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.renumber import differ_in_numbers_alone, renumbered
 from t3c_compile.passes.specialize import specialize
@@ -153,7 +153,7 @@ def export_profiles(
     store: dict[str, Tensor] = {}
     ranks = profiles.store_ranks()
     shapes = model.meta["t3c_dynamic_shapes"]
-    inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
+    inputs = traced_inputs(model, example_inputs)
     first: Graph | None = None
     for index, profile in enumerate(profiles.profiles):
         graph = specialize(model, profile.options, profile.activations, ranks)

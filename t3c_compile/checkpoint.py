@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from t3c_compile import processes
 from t3c_compile.controller import Controller
 from t3c_compile.graph_json import FormatError, Reader, Writer
 from t3c_compile.passes.capture import capture
@@ -63,7 +63,7 @@ class Checkpoint:
                     "inputs": writer.value(self.example_inputs),
                     "controller": None if self.controller is None else writer.module(self.controller, "/controller"),
                 }
-                if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                if processes.is_first():
                     metadata = {"format": _FORMAT, "version": str(_VERSION), "plan": json.dumps(plan)}
                     _write(Path(path), writer.tensors, metadata)
         except FormatError as error:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from t3c_compile.backends.mlir.tosa_forms import tosa_forms
 from t3c_compile.backends.whole_folder import whole_folder
-from t3c_compile.passes.capture import two_rows
+from t3c_compile.passes.capture import traced_inputs
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.express_in_aten import decompositions
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -61,7 +61,7 @@ def to_mlir(
     shapes = None
     if dynamic_batch and dialect != "tosa":
         shapes = model.meta["t3c_dynamic_shapes"]
-        example_inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
+        example_inputs = traced_inputs(model, example_inputs)
     return lower_program(torch.export.export(graph, example_inputs, dynamic_shapes=shapes, strict=False), dialect)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from t3c_compile.backends.whole_folder import whole_folder
-from t3c_compile.passes.capture import two_rows
+from t3c_compile.passes.capture import traced_inputs
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.ops import DEPLOYMENT_OPS, FLOAT_ATEN
@@ -56,7 +56,7 @@ def export_onnx(
     from t3c_compile.backends.onnx.qdq import Expansion
     from t3c_compile.backends.onnx.shared_data import SharedData
 
-    inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
+    inputs = traced_inputs(model, example_inputs)
     ranks = store_ranks(model, [profile.options for profile in profiles])
     with (
         warnings.catch_warnings(),

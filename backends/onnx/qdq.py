@@ -17,6 +17,7 @@ reciprocal, and it clamps middles at -128 where they clamp at -127. Either moves
 """
 
 from collections.abc import Sequence
+from functools import partialmethod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -149,8 +150,9 @@ class Expansion:
         h = self._conv(x, self._pixelwise(self._weight(v, bits, rank)), self._scale(mid_scale, bits, rank), stride)
         return self._conv_outwards(self._requantized(h, h_scale), u, h_scale, out_gain, bias, rank, bits)
 
-    def tucker2_conv2d(
+    def _three_factors(
         self,
+        depthwise: bool,
         x: Value,
         v: Value,
         core: Value,
@@ -169,42 +171,22 @@ class Expansion:
         rank: int,
         bits: int,
     ) -> Value:
+        """Tucker-2, and CP where the core is ``depthwise``."""
         inner, outer = min(rank, _sizes(v)[0]), min(rank, _sizes(u)[0])
         x = self.dequantize_int8(x, x_scale, x_zero_point)
         h = self._conv(x, self._pixelwise(self._weight(v, bits, inner)), self._scale(mid_scale, bits, inner))
         weight = self._weight(core, bits, outer)
-        if inner < _sizes(core)[1]:
+        if depthwise:
+            weight = self._op("Unsqueeze", weight, self._integers([1]))
+        elif inner < _sizes(core)[1]:
             weight = self._op("Slice", weight, self._integers([0]), self._integers([inner]), self._integers([1]))
         scale = self._scale(core_scale, bits, outer)
-        g = self._conv(self._requantized(h, h_scale), weight, scale, stride, padding, dilation)
+        groups = outer if depthwise else 1
+        g = self._conv(self._requantized(h, h_scale), weight, scale, stride, padding, dilation, groups)
         return self._conv_outwards(self._requantized(g, g_scale), u, g_scale, out_gain, bias, outer, bits)
 
-    def cp_conv2d(
-        self,
-        x: Value,
-        v: Value,
-        core: Value,
-        u: Value,
-        mid_scale: Value,
-        core_scale: Value,
-        out_gain: Value | None,
-        bias: Value | None,
-        x_scale: float,
-        x_zero_point: int,
-        h_scale: float,
-        g_scale: float,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        rank: int,
-        bits: int,
-    ) -> Value:
-        x = self.dequantize_int8(x, x_scale, x_zero_point)
-        h = self._conv(x, self._pixelwise(self._weight(v, bits, rank)), self._scale(mid_scale, bits, rank))
-        weight = self._op("Unsqueeze", self._weight(core, bits, rank), self._integers([1]))
-        scale = self._scale(core_scale, bits, rank)
-        g = self._conv(self._requantized(h, h_scale), weight, scale, stride, padding, dilation, groups=rank)
-        return self._conv_outwards(self._requantized(g, g_scale), u, g_scale, out_gain, bias, rank, bits)
+    tucker2_conv2d = partialmethod(_three_factors, False)
+    cp_conv2d = partialmethod(_three_factors, True)
 
     # -- what they are made of --------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
+from t3c_compile.passes.base import bound
 from t3c_compile.passes.errors import T3CError
 
 # A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
@@ -66,9 +67,7 @@ class Lowering:
     def _converter(self, convert: "Converter") -> Callable[[fx.Node, Any], relax.Var]:
         def run(node: fx.Node, importer: Any) -> relax.Var:
             self.node, self._importer = node, importer
-            schema = node.target._schema.arguments  # type: ignore[union-attr]
-            given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
-            return convert(self, {a.name: given.get(a.name, a.default_value) for a in schema})
+            return convert(self, bound(node))
 
         return run
 

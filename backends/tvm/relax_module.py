@@ -13,7 +13,7 @@ from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.pack import pack
 from t3c_compile.backends.tvm.legalize import legalize
 from t3c_compile.backends.tvm.prepare import prepare
-from t3c_compile.passes.capture import two_rows
+from t3c_compile.passes.capture import traced_inputs
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.specialize import specialize
 
@@ -41,7 +41,7 @@ def relax_module(
     isa = isa_for(get_target(target) if isinstance(target, str) else target)
     ranks = {layer: option.rank for layer, option in profile.options.items()}
     graph = specialize(model, profile.options, profile.activations, ranks)
-    inputs = two_rows(example_inputs) if model.meta["t3c_two_rows"] else example_inputs
+    inputs = traced_inputs(model, example_inputs)
     shapes = model.meta["t3c_dynamic_shapes"]
     program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
     lowering = Lowering(isa, prepare({"main": program})["main"])
