@@ -68,7 +68,7 @@ def snap(
 
     Args:
         calibration: input tuples, also used to set each profile's activation ranges.
-        labels: class indices of all calibration samples in order, for accuracy.
+        labels: class indices of all calibration samples in order (of all tokens, for a language model), for accuracy.
         full_model: add the full model in float32 as the greatest profile. Its weights are stored beside the integers.
     """
     if not calibration:
@@ -206,15 +206,35 @@ def _between(sizes: list[float], kept: list[int], measured: set[int]) -> list[in
 
 
 @torch.no_grad()
-def _logits(model: ElasticGraphModule, calibration: Sequence[Inputs]) -> Tensor:
-    return torch.cat([first_tensor(model(*inputs)) for inputs in calibration])
+def _logits(model: ElasticGraphModule, calibration: Sequence[Inputs]) -> list[Tensor]:
+    """[samples, ..., classes] of each batch; sizes may differ from batch to batch, as sequence lengths do."""
+    return [first_tensor(model(*inputs)) for inputs in calibration]
+
+
+def _quality(full: list[Tensor], logits: list[Tensor], labels: Tensor | None) -> dict[str, float]:
+    """Means over predictions (a language model makes one per token); ``drift`` is per sample."""
+    pairs = list(zip(full, logits, strict=True))
+    chosen = torch.cat([batch.argmax(-1).flatten() for batch in logits])
+    agreed = torch.cat([batch.argmax(-1).flatten() for batch in full]) == chosen
+    divergence = [
+        F.kl_div(found.log_softmax(-1), batch.log_softmax(-1), reduction="sum", log_target=True)
+        for batch, found in pairs
+    ]
+    quality = {
+        "kl": float(torch.stack(divergence).sum()) / len(chosen),
+        "agreement": float(agreed.float().mean()),
+        "drift": float(torch.cat([observed_drift(batch, found) for batch, found in pairs]).mean()),
+    }
+    if labels is not None:
+        quality["accuracy"] = float((chosen == labels.flatten()).float().mean())
+    return quality
 
 
 def _measure(
     model: ElasticGraphModule,
     options: dict[str, Option],
     calibration: Sequence[Inputs],
-    full: Tensor,
+    full: list[Tensor],
     labels: Tensor | None,
     proxy: SpectralProxy,
     targets: Sequence[Target],
@@ -222,14 +242,7 @@ def _measure(
     model.set_options(options)
     observe(model, calibration)
     activations = {name: layer.activations() for name, layer in elastic_layers(model)}
-    logits = _logits(model, calibration)
-    quality = {
-        "kl": float(F.kl_div(logits.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True)),
-        "agreement": float((logits.argmax(-1) == full.argmax(-1)).float().mean()),
-        "drift": float(observed_drift(full, logits).mean()),
-    }
-    if labels is not None:
-        quality["accuracy"] = float((logits.argmax(-1) == labels).float().mean())
+    quality = _quality(full, _logits(model, calibration), labels)
     bounds = proxy.certify(options, activations)
     costs: dict[str, dict[str, Any]] = {}
     size = 0.0

@@ -41,8 +41,12 @@ counts: Counter[str] = Counter()
 
 @pytest.fixture(scope="module", autouse=True)
 def _show_counts(request: pytest.FixtureRequest) -> Iterator[None]:
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        # Ahead, for a case that ends the process.
+        print(f"\nrandom graphs, T3C_FUZZ_SEED={SEED}", flush=True)
     yield
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+    with capture.global_and_fixture_disabled():
         print(f"\nrandom graphs, T3C_FUZZ_SEED={SEED}:")
         for what, times in counts.most_common():
             print(f"  {times:5d}  {what}")

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from nets import NETS, conv_net, mlp, parameter_bytes
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
 
 from t3c_compile.backends.targets import get_target
 from t3c_compile.certificate import SpectralProxy, error_norms, observed_drift
@@ -120,6 +121,35 @@ def test_profiles_are_nested_ordered_and_closer_with_size(net: str) -> None:
         logits = elastic(*calibration[0])
         agreement = float((logits.argmax(1) == labels).float().mean())
         assert agreement == pytest.approx(profile.quality["accuracy"], abs=1e-6)
+
+
+def test_quality_is_over_every_token_of_batches_of_several_lengths() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 40))
+    batches = [(torch.randint(40, (2, 7)),), (torch.randint(40, (3, 5)),)]
+    tokens = Dim("tokens", min=2, max=16)
+    elastic = transform(model, batches[0], dynamic_shapes=({0: Dim.AUTO, 1: tokens},))
+    labels = torch.cat([inputs[0].flatten() for inputs in batches])
+    profiles = snap(elastic, batches, [ARM], labels=labels, count=3)
+    for profile in profiles.profiles:
+        graph = specialize(elastic, profile.options, profile.activations)
+        rows = [(model(*batch).flatten(0, 1), graph(*batch).flatten(0, 1)) for batch in batches]
+        full, found = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        divergence = (full.log_softmax(-1).exp() * (full.log_softmax(-1) - found.log_softmax(-1))).sum(-1)
+        drifts = [(one - other).norm() for r in zip(batches, rows, strict=True) for one, other in _samples(*r)]
+        assert profile.quality["kl"] == pytest.approx(float(divergence.mean()), rel=0.02, abs=1e-6)
+        assert profile.quality["drift"] == pytest.approx(float(torch.stack(drifts).mean()), rel=0.02)
+        assert profile.quality["agreement"] == pytest.approx(
+            float((full.argmax(-1) == found.argmax(-1)).float().mean()), abs=0.04
+        )
+        assert profile.quality["accuracy"] == pytest.approx(
+            float((found.argmax(-1) == labels).float().mean()), abs=0.04
+        )
+
+
+def _samples(batch: tuple[Tensor, ...], rows: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The rows of each sample of a batch."""
+    return list(zip(*(part.split(batch[0].shape[1]) for part in rows), strict=True))
 
 
 def test_a_controllers_path_is_followed() -> None:
