@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from t3c_compile.passes.base import erase_dead_attrs, get_attr, report_of
 from t3c_compile.passes.errors import BadWeightsError, CaptureError
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor, tensors_are_finite
+from t3c_compile.passes.infer_values import input_specs
 from t3c_compile.passes.inline_regions import inline_regions
 from t3c_compile.passes.state import named_tensors, state_names
 from t3c_compile.passes.unwrap_subclasses import unwrap_subclasses
@@ -75,6 +76,7 @@ def capture(
     elastic = ElasticGraphModule(_Both(evaluated, trained, share), evaluated.graph, trained.graph)
     report_of(elastic).kept.update(report_of(evaluated).kept)
     elastic.meta["t3c_dynamic_shapes"] = _one_by_one(shapes, len(inputs))
+    elastic.meta["t3c_inputs"] = input_specs(evaluated.graph)
     elastic.meta["t3c_two_rows"] = inputs is not example_inputs
     elastic.meta["t3c_batch_is_free"] = _batch_is_free(evaluated)
     elastic.meta["t3c_state"] = state_names(model)

@@ -15,6 +15,7 @@ from t3c_compile.passes.elastic.conv import SvdConv2d, ThreeFactorConv2d
 from t3c_compile.passes.elastic.layer import Activation, of_call
 from t3c_compile.passes.fold_batch_norm import FoldBatchNorm
 from t3c_compile.passes.graph import ElasticGraphModule, place_tensor
+from t3c_compile.passes.infer_values import infer_values
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.pin_float_stages import PinFloatStages
 from t3c_compile.passes.state import named_tensors
@@ -102,7 +103,7 @@ class Specialize(Pass):
                 values |= {"x_scale": scale, "x_zero_point": zero_point}
                 values |= {f"{m}_scale": activations[of_call(m, number)][0] for m in layer.middles}
                 values["x"] = graph.call_function(t3c.quantize_int8.default, (node.args[0], scale, zero_point))
-                values["x"].meta = {k: v for k, v in node.meta.items() if k != "val"}
+                values["x"].meta = dict(node.meta)
             values |= {argument: graph.get_attr(target) for argument, target in stored.items()}
             arguments = tuple(values.get(a.name, a.default_value) for a in op._schema.arguments)
             call = graph.call_function(op, arguments)
@@ -153,6 +154,7 @@ def specialize(
     del root
     Specialize(options, activations or {}, store_ranks or {})(gm)
     FoldBatchNorm()(gm)
+    infer_values(gm, model.meta["t3c_inputs"])
     PinFloatStages()(gm)
     gm.delete_all_unused_submodules()
     _drop_unused_tensors(gm)

@@ -26,7 +26,7 @@ from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.state import StateError, load_state, unsharded, unwrapped
 from t3c_compile.transforming import Config, pipeline_of
 
-_FORMAT, _VERSION = "t3c-checkpoint", 2
+_FORMAT, _VERSION = "t3c-checkpoint", 3
 
 
 class CheckpointError(T3CError):
