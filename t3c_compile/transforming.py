@@ -106,6 +106,7 @@ def transform(
         for key in ("t3c_moments", "t3c_resume", "t3c_layer_done"):
             elastic.meta.pop(key, None)
         bar.update(task, description="activation ranges")
+        _return_freed_memory()
         observe(elastic, [example_inputs])
         own_parameters(elastic, model)
     return elastic.train(training)
