@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def transform(
     """
     config = config or Config()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress, transient=True) as bar:
+    with _pages_returned(), Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("capture", total=None)
         elastic = capture(model, example_inputs, dynamic_shapes, share=True)
         elastic.meta["t3c_config"] = config
@@ -99,14 +100,12 @@ def transform(
 
         def done(candidate: Candidate) -> None:
             bar.update(task, description=candidate.layer, advance=work.get(candidate.layer, 0.0))
-            _return_freed_memory()
 
         elastic.meta["t3c_layer_done"] = done
         pipeline.after(FindElasticLayers.name).run(elastic)
         for key in ("t3c_moments", "t3c_resume", "t3c_layer_done"):
             elastic.meta.pop(key, None)
         bar.update(task, description="activation ranges")
-        _return_freed_memory()
         observe(elastic, [example_inputs])
         own_parameters(elastic, model)
     return elastic.train(training)
@@ -117,11 +116,24 @@ def pipeline_of(config: Config) -> Pipeline:
     return default_pipeline(FindElasticLayers(config.conv, config.rank_multiple, " ".join(config.keep)))
 
 
-def _return_freed_memory() -> None:
-    """glibc keeps what a layer's work has freed: as holes between the factors that stay, a fifth of the model."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+@contextmanager
+def _pages_returned() -> Iterator[None]:
+    """Within, glibc gives every tensor pages of its own, which go back when it is freed.
+
+    From its heap, freed tensors would stay as holes between the factors that are kept: a fifth of the model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt(mmap_threshold, 1 << 16)
+    try:
+        yield
+    finally:
+        # What glibc's own moving thresholds come to in a process that frees large tensors.
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
