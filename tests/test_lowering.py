@@ -16,7 +16,7 @@ from tvm.runtime import vm as runtime
 import t3c_compile.passes.ops  # noqa: F401  (registers the ops)
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library
-from t3c_compile.backends.tvm.convert import UnsupportedOpError
+from t3c_compile.backends.tvm.lowering import UnsupportedOpError
 
 ops = torch.ops.t3c
 

@@ -8,11 +8,12 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-from t3c_compile.backends.tvm.convert import Key, Lowering
+from t3c_compile.backends.tvm.convert import CONVERTERS
 from t3c_compile.backends.tvm.default_schedule import schedule_module
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import pack
 from t3c_compile.backends.tvm.legalize import legalize
+from t3c_compile.backends.tvm.lowering import Key, Lowering
 from t3c_compile.backends.tvm.prepare import prepare
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
@@ -63,7 +64,7 @@ class _Profile:
     """An imported profile and the run-time tensors it reads."""
 
     def __init__(self, lowering: Lowering) -> None:
-        self.module = lowering.run()
+        self.module = lowering.run(CONVERTERS)
         main = self.module["main"]
         count = int(main.attrs["num_input"])
         self.inputs = list(main.params[:count])

@@ -1,142 +1,31 @@
-"""From an exported program to Relax: the table of ``t3c::`` ops, and the ATen ops that have a kernel of their own.
+"""The table from ops to Relax: the ``t3c::`` ops, and the ATen ops that have a kernel of their own.
 
-A converter takes (lowering, arguments by schema name) and gives the Relax expression of the result. Weights are
-asked for by :meth:`Lowering.packed`, which makes a parameter of the packed tensor and records how it comes from
-the raw one.
+A converter takes (lowering, arguments by schema name) and gives the Relax expression of the result.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-import tvm
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tvm import relax, te
-from tvm.ir import Expr
-from tvm.relax.frontend.torch import from_exported_program
-from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, attention_f32
-from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, quantize
-from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.pack import Packing
+from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, quantize, vmath
 from t3c_compile.backends.tvm.kernels.window import Window
+from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
-from t3c_compile.passes.base import bound
-from t3c_compile.passes.errors import T3CError
-
-# A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
-Key = tuple[str, Packing | None]
-Arguments = Mapping[str, Any]
-
-
-class UnsupportedOpError(T3CError):
-    """The graph holds ops with no lowering; the message names every node, its op and layer, and the way out."""
-
-
-class Lowering:
-    """One profile on its way to Relax; ``program`` has been through :func:`prepare`."""
-
-    def __init__(self, isa: Isa, program: torch.export.ExportedProgram) -> None:
-        self.isa = isa
-        self.program = program
-        self.names = {
-            spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target
-        }
-        self.tensors: dict[Key, relax.Var] = {}
-        # Attention's results that lie as [batch, tokens, heads, width], by node.
-        self.tokens_first: dict[fx.Node, relax.Var] = {}
-        self.node: Any = None
-        self._importer: Any = None
-
-    def run(self) -> tvm.IRModule:
-        """Import as ``main(*inputs, *stored)``; the packed tensors in :attr:`tensors` are free in its body."""
-        _check_ops(self.program.graph)
-        return from_exported_program(
-            self.program,
-            keep_params_as_input=True,
-            unwrap_unit_return_tuple=True,
-            run_ep_decomposition=False,
-            custom_convert_map={name: self._converter(convert) for name, convert in CONVERTERS.items()},
-        )
-
-    def _converter(self, convert: "Converter") -> Callable[[fx.Node, Any], relax.Var]:
-        def run(node: fx.Node, importer: Any) -> relax.Var:
-            self.node, self._importer = node, importer
-            return convert(self, bound(node))
-
-        return run
-
-    def value(self, node: fx.Node) -> relax.Expr:
-        """What ``node`` has become."""
-        return self._importer.env[node]
-
-    def packed(self, node: fx.Node, packing: Packing) -> relax.Var:
-        """The parameter ``node``, packed at load."""
-        key = (self.names[node.name], packing)
-        if key not in self.tensors:
-            self.tensors[key] = relax.Var(
-                f"{node.name}_{packing.layout}", relax.TensorType(packing.shape, packing.dtype)
-            )
-        return self.tensors[key]
-
-    def call(self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], dtype: str) -> relax.Var:
-        """Emit a call of ``kernel`` on the arguments that are there, giving one tensor."""
-        builder = self._importer.block_builder
-        function = builder.add_func(kernel, str(kernel.attrs["t3c.schedule"]).rpartition(" ")[2])
-        present = [argument for argument in args if argument is not None]
-        return builder.emit(relax.call_tir(function, present, relax.TensorType(shape, dtype)))
-
-    def emit(self, expression: relax.Expr) -> relax.Var:
-        return self._importer.block_builder.emit(expression)
-
-    def expression(self, function: Callable[..., te.Tensor], *args: Any) -> relax.Var:
-        """Emit a tensor expression, which operator fusion may join with its neighbours."""
-        return self._importer.block_builder.emit_te(function, *args, primfunc_name_hint=function.__name__)
-
-    def default(self) -> relax.Var:
-        """What TVM's importer makes of the node."""
-        return ExportedProgramImporter.create_convert_map(self._importer)[self.node.target.__name__](self.node)
-
-    def optional(self, node: fx.Node | None) -> relax.Expr | None:
-        return None if node is None else self.value(node)
-
-
-Converter = Callable[[Lowering, Arguments], relax.Var]
-
-
-def _check_ops(graph: fx.Graph) -> None:
-    known = ExportedProgramImporter().convert_map.keys() | CONVERTERS.keys()
-    offenders = []
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target.__name__ not in known:
-            stack = node.meta.get("nn_module_stack")
-            layer = list(stack.values())[-1][0] if stack else ""
-            offenders.append(f"  {node.name}: {node.target}" + (f" in layer {layer!r}" if layer else ""))
-    if offenders:
-        raise UnsupportedOpError(
-            "no lowering for these nodes:\n"
-            + "\n".join(offenders)
-            + "\nWrite the layer with supported ops, run it outside "
-            "the compiled model, or add a converter for the op to CONVERTERS in t3c_compile.backends.tvm.convert."
-        )
 
 
 def _quantize(lower: Lowering, a: Arguments) -> relax.Var:
-    return lower.expression(quantize.quantize, lower.value(a["x"]), _numbers(1 / a["scale"], a["zero_point"]))
+    return lower.expression(quantize.quantize, lower.value(a["x"]), scalars(1 / a["scale"], a["zero_point"]))
 
 
 def _dequantize(lower: Lowering, a: Arguments) -> relax.Var:
-    return lower.expression(quantize.dequantize, lower.value(a["q"]), _numbers(a["scale"], a["zero_point"]))
-
-
-def _numbers(*values: float) -> relax.Expr:
-    """What a kernel takes of the op's scalars, each rounded to float32 once, as the reference does."""
-    return relax.const(np.array(values, np.float32))
+    return lower.expression(quantize.dequantize, lower.value(a["q"]), scalars(a["scale"], a["zero_point"]))
 
 
 def _int8_embedding(lower: Lowering, a: Arguments) -> relax.Var:
@@ -144,17 +33,17 @@ def _int8_embedding(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.expression(quantize.embedding, indices, weight, scale, a["bits"])
 
 
-def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var:
+def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     x = lower.value(a["x"])
     *lead, inputs = shape_of(x)
     weight = lower.packed(a["weight"], pack.quads_of_matrix(tuple(shape_of(lower.value(a["weight"])))))
     outputs = shape_of(lower.value(a["scale"]))[0]
-    spec = linear.LinearSpec(dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None)
-    args = [x, _numbers(a["x_scale"], a["x_zero_point"]), weight, lower.value(a["scale"]), lower.optional(a["bias"])]
-    return lower.call(linear.int8_linear(lower.isa, spec), args, [*lead, outputs], "float32")
+    spec = linear.LinearSpec(dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None, finish=lower.finish)
+    args = [x, scalars(a["x_scale"], a["x_zero_point"]), weight, lower.value(a["scale"]), lower.optional(a["bias"])]
+    return lower.call_fused(linear.int8_linear(lower.isa, spec), args, [*lead, outputs])
 
 
-def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var:
+def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     x = lower.value(a["x"])
     *lead, inputs = shape_of(x)
     max_rank, outputs = shape_of(lower.value(a["u"]))
@@ -169,10 +58,11 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var:
         bias=a["bias"] is not None,
         max_rank=max_rank,
         rank=a["rank"],
+        finish=lower.finish,
     )
-    numbers = _numbers(a["x_scale"] / a["h_scale"], a["x_zero_point"], a["h_scale"])
+    numbers = scalars(a["x_scale"] / a["h_scale"], a["x_zero_point"], a["h_scale"])
     args = [x, numbers, v, u, lower.value(a["mid_scale"]), lower.optional(a["out_gain"]), lower.optional(a["bias"])]
-    return lower.call(linear.svd_linear(lower.isa, spec), args, [*lead, outputs], "float32")
+    return lower.call_fused(linear.svd_linear(lower.isa, spec), args, [*lead, outputs])
 
 
 def _window(a: Arguments, size: list[Any], kernel: list[int]) -> Window:
@@ -180,7 +70,7 @@ def _window(a: Arguments, size: list[Any], kernel: list[int]) -> Window:
     return Window((size[0], size[1]), (kernel[0], kernel[1]), *pairs)
 
 
-def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var:
+def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
     x = lower.value(a["x"])
     batch, channels, *size = shape_of(x)
     raw = tuple(shape_of(lower.value(a["weight"])))
@@ -193,17 +83,18 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var:
         a["groups"],
         a["bits"],
         bias=a["bias"] is not None,
+        finish=lower.finish,
     )
     if spec.is_depthwise:
         weight = lower.value(a["weight"])
     else:
         weight = lower.packed(a["weight"], pack.quads_of_conv(raw, a["groups"]))
-    numbers = _numbers(a["x_scale"], a["x_zero_point"])
+    numbers = scalars(a["x_scale"], a["x_zero_point"])
     args = [x, numbers, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
-    return lower.call(conv.int8_conv2d(lower.isa, spec), args, [batch, raw[0], *window.out], "float32")
+    return lower.call_fused(conv.int8_conv2d(lower.isa, spec), args, [batch, raw[0], *window.out])
 
 
-def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var:
+def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
     x = lower.value(a["x"])
     batch, channels, *size = shape_of(x)
     (r_in, _), (r_out, outputs) = shape_of(lower.value(a["v"])), shape_of(lower.value(a["u"]))
@@ -225,12 +116,13 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var:
         a["bits"],
         gain=a["out_gain"] is not None,
         bias=a["bias"] is not None,
+        finish=lower.finish,
     )
     h_scale = a["h_scale"]
     last = a.get("g_scale", h_scale)
     args = [
         x,
-        _numbers(a["x_scale"] / h_scale, a["x_zero_point"], h_scale / last, last),
+        scalars(a["x_scale"] / h_scale, a["x_zero_point"], h_scale / last, last),
         lower.packed(a["v"], pack.quads_of_matrix((r_in, channels))),
         core,
         lower.packed(a["u"], pack.quads_of_matrix((r_out, outputs), transposed=True)),
@@ -239,7 +131,7 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var:
         lower.optional(a["out_gain"]),
         lower.optional(a["bias"]),
     ]
-    return lower.call(conv.conv_chain(lower.isa, spec), args, [batch, outputs, *window.out], "float32")
+    return lower.call_fused(conv.conv_chain(lower.isa, spec), args, [batch, outputs, *window.out])
 
 
 def _float_linear(
@@ -360,16 +252,11 @@ def _index_copy(lower: Lowering, a: Arguments) -> relax.Var:
 
 
 def _hardsigmoid(x: te.Tensor) -> te.Tensor:
-    return te.compute(x.shape, lambda *i: _hard(x(*i)) / T.float32(6), name="hardsigmoid")
+    return te.compute(x.shape, lambda *i: vmath.hard(x(*i)) / T.float32(6), name="hardsigmoid")
 
 
 def _hardswish(x: te.Tensor) -> te.Tensor:
-    return te.compute(x.shape, lambda *i: x(*i) * _hard(x(*i)) / T.float32(6), name="hardswish")
-
-
-def _hard(value: Expr) -> Expr:
-    """clamp(value + 3, 0, 6)"""
-    return T.min(T.max(value + T.float32(3), T.float32(0)), T.float32(6))
+    return te.compute(x.shape, lambda *i: x(*i) * vmath.hard(x(*i)) / T.float32(6), name="hardswish")
 
 
 def _float_expression(function: Callable[[te.Tensor], te.Tensor], lower: Lowering, a: Arguments) -> relax.Var:

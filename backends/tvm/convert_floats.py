@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,16 +11,14 @@ from tvm.ir import Expr
 
 from t3c_compile.backends.tvm.kernels import rows, vmath
 from t3c_compile.backends.tvm.kernels.attention import AttentionSpec, attention
+from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
-
-if TYPE_CHECKING:
-    from t3c_compile.backends.tvm.convert import Arguments, Converter, Lowering
 
 _SWAP = [0, 2, 1, 3]
 
 
-def _elementwise(function: Callable[[Expr], Expr], lower: "Lowering", a: "Arguments") -> relax.Var:
+def _elementwise(function: Callable[[Expr], Expr], lower: Lowering, a: Arguments) -> relax.Var:
     def element(x: te.Tensor) -> te.Tensor:
         return te.compute(x.shape, lambda *i: function(x(*i)), name=function.__name__)
 
@@ -28,27 +26,27 @@ def _elementwise(function: Callable[[Expr], Expr], lower: "Lowering", a: "Argume
     return lower.expression(element, lower.value(a["x"]))
 
 
-def _layer_norm(lower: "Lowering", a: "Arguments") -> relax.Var:
+def _layer_norm(lower: Lowering, a: Arguments) -> relax.Var | None:
     x, weight, bias = lower.value(a["x"]), lower.optional(a["weight"]), lower.optional(a["bias"])
     *lead, count = shape_of(x)
     kernel = rows.layer_norm(
-        lower.isa, dims(lead), dims([count])[0], weight is not None, bias is not None, float(a["eps"])
+        lower.isa, dims(lead), dims([count])[0], weight is not None, bias is not None, float(a["eps"]), lower.finish
     )
-    return lower.call(kernel, [x, weight, bias], [*lead, count], "float32")
+    return lower.call_fused(kernel, [x, weight, bias], [*lead, count])
 
 
-def _rms_norm(lower: "Lowering", a: "Arguments") -> relax.Var:
+def _rms_norm(lower: Lowering, a: Arguments) -> relax.Var | None:
     x, weight = lower.value(a["x"]), lower.optional(a["weight"])
     *lead, count = shape_of(x)
-    kernel = rows.rms_norm(lower.isa, dims(lead), dims([count])[0], weight is not None, float(a["eps"]))
-    return lower.call(kernel, [x, weight], [*lead, count], "float32")
+    kernel = rows.rms_norm(lower.isa, dims(lead), dims([count])[0], weight is not None, float(a["eps"]), lower.finish)
+    return lower.call_fused(kernel, [x, weight], [*lead, count])
 
 
-def _softmax(lower: "Lowering", a: "Arguments") -> relax.Var:
+def _softmax(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.emit(relax.op.nn.softmax(lower.value(a["x"])))
 
 
-def _mean(lower: "Lowering", a: "Arguments") -> relax.Var:
+def _mean(lower: Lowering, a: Arguments) -> relax.Var:
     x, over = lower.value(a["x"]), list(a["dim"])
     shape = shape_of(x)
     kept = [d for d in range(len(shape)) if d not in over]
@@ -65,7 +63,7 @@ def _mean(lower: "Lowering", a: "Arguments") -> relax.Var:
     return lower.emit(relax.op.reshape(y, [1 if d in over else size for d, size in enumerate(shape)]))
 
 
-def _matmul(lower: "Lowering", a: "Arguments") -> relax.Var:
+def _matmul(lower: Lowering, a: Arguments) -> relax.Var:
     x, y = lower.value(a["a"]), lower.value(a["b"])
     lead = lower.node.meta["val"].dim() - 2
     shapes = [[1] * (lead + 2 - len(shape)) + shape for shape in (shape_of(x), shape_of(y))]
@@ -86,7 +84,7 @@ def _swaps_tokens(node: Any) -> bool:
     return [d % len(order) for d in order] == _SWAP
 
 
-def attention_f32(lower: "Lowering", a: "Arguments") -> relax.Var:
+def attention_f32(lower: Lowering, a: Arguments) -> relax.Var:
     """Both ``t3c::attention_f32`` and ATen's, whose inputs may have three dimensions.
 
     Where an input or the output is transposed to or from [batch, tokens, heads, width], the kernel reads and writes it
@@ -133,14 +131,14 @@ def attention_f32(lower: "Lowering", a: "Arguments") -> relax.Var:
     return y if four else lower.emit(relax.op.reshape(y, [batch, count, value_width]))
 
 
-def _permute(lower: "Lowering", a: "Arguments") -> relax.Var:
+def _permute(lower: Lowering, a: Arguments) -> relax.Var:
     x = a["self"]
     if x in lower.tokens_first and _swaps_tokens(lower.node):
         return lower.tokens_first[x]
     return lower.default()
 
 
-FLOAT_CONVERTERS: dict[str, "Converter"] = {
+FLOAT_CONVERTERS: dict[str, Converter] = {
     **{f"{name}.default": partial(_elementwise, getattr(vmath, name.removesuffix("_f32"))) for name in FUNCTIONS},
     "layer_norm_f32.default": _layer_norm,
     "rms_norm_f32.default": _rms_norm,

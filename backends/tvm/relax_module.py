@@ -7,11 +7,12 @@ import tvm
 from tvm import relax
 
 from t3c_compile.backends.targets import Target, get_target
-from t3c_compile.backends.tvm.convert import Lowering
+from t3c_compile.backends.tvm.convert import CONVERTERS
 from t3c_compile.backends.tvm.default_schedule import schedule_module
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.pack import pack
 from t3c_compile.backends.tvm.legalize import legalize
+from t3c_compile.backends.tvm.lowering import Lowering
 from t3c_compile.backends.tvm.prepare import prepare
 from t3c_compile.passes.capture import traced_inputs
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -45,7 +46,7 @@ def relax_module(
     shapes = model.meta["t3c_dynamic_shapes"]
     program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
     lowering = Lowering(isa, prepare({"main": program})["main"])
-    module = _pack_inside(lowering, lowering.run())
+    module = _pack_inside(lowering, lowering.run(CONVERTERS))
     weights = [graph.state_dict()[lowering.names[name]] for name in _weight_names(module)]
     return module, [tvm.runtime.tensor(weight.detach().contiguous().numpy()) for weight in weights]
 

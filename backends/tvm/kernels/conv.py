@@ -12,6 +12,7 @@ from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, prim_func
 from t3c_compile.backends.tvm.kernels.epilogues import ToImage, ToWords
+from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.pack import quads_of_conv, quads_of_matrix
 from t3c_compile.backends.tvm.kernels.pixels import Planes, convolve, depthwise
@@ -29,6 +30,7 @@ class ConvSpec:
     groups: int
     bits: int
     bias: bool
+    finish: Finish = PLAIN
 
     @property
     def is_depthwise(self) -> bool:
@@ -52,6 +54,7 @@ class ChainSpec:
     bits: int
     gain: bool
     bias: bool
+    finish: Finish = PLAIN
 
 
 def _read_image(
@@ -88,7 +91,8 @@ def _middle(isa: Isa, channels: int, pixels: int) -> Planes:
 
 @cache
 def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [N, C, H, W], numbers, weight, float32 scale [O], float32 bias [O] if any, float32 y [N, O, H', W']).
+    """(int8 x [N, C, H, W], numbers, weight, float32 scale [O], float32 bias [O] if any, ``finish`` of
+    [N, O, H', W']).
 
     ``numbers``: float32 x_scale, x_zero_point (an argument, so that layers and profiles of one shape share a kernel).
     ``weight`` is packed by ``quads_of_conv``; for a depthwise convolution it is the raw [O, 1, kh, kw].
@@ -97,25 +101,26 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
     raw = (s.outputs, s.channels // s.groups, *w.kernel)
     packing = quads_of_conv(raw, s.groups)
     with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d") as function:
-        x, numbers, weight, scale, bias, y = function.args(
+        x, numbers, weight, scale, bias, *ends = function.args(
             x=((s.batch, s.channels, *w.size), "int8"),
             numbers=((2,), "float32"),
             weight=(raw if s.is_depthwise else packing.shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
-            y=((s.batch, s.outputs, *w.out), "float32"),
+            **s.finish.arguments((s.batch, s.outputs, *w.out)),
         )
         x_scale, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
+        writer = Writer(s.finish, ends)
         with T.serial(0, function.size((s.batch,))) as n:
             base = n * (s.outputs * w.out[0] * w.out[1])
             if s.is_depthwise:
                 planes = _read_image(isa, x, n, s.channels, 1, w, zero_point)
-                done = ToImage(isa, w, y, base, x_scale, scale, bias, gain_first=True)
+                done = ToImage(isa, w, writer, base, x_scale, scale, bias, gain_first=True)
                 depthwise(isa, w, planes, weight, s.channels, s.bits, done)
             else:
                 seen = pointwise(w.size[0] * w.size[1]) if _is_pointwise(w) else w
                 planes = _read_image(isa, x, n, s.channels, s.groups, seen, zero_point)
-                done = ToImage(isa, seen, y, base, x_scale, scale, bias, gain_first=True)
+                done = ToImage(isa, seen, writer, base, x_scale, scale, bias, gain_first=True)
                 convolve(isa, seen, planes, weight, planes.quads, s.outputs // s.groups, s.bits, done)
     return function.func
 
@@ -126,7 +131,7 @@ def _is_pointwise(w: Window) -> bool:
 
 @cache
 def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, float32 y).
+    """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, ``finish``).
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle.
     ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), a Tucker core by ``quads_of_conv``; a CP core
@@ -138,7 +143,7 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     size, out = w.size[0] * w.size[1], w.out[0] * w.out[1]
     core_shape = (r_in, *w.kernel) if s.form == "cp" else quads_of_conv((r_out, r_in, *w.kernel)).shape
     with prim_func(f"{s.form}_conv") as function:
-        x, numbers, v, core, u, mid_scale, core_scale, gain, bias, y = function.args(
+        x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
             x=((s.batch, s.channels, *w.size), "int8"),
             numbers=((4,), "float32"),
             v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
@@ -148,10 +153,11 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
             core_scale=None if svd else ((r_out,), "float32"),
             out_gain=((s.outputs,), "float32") if s.gain else None,
             bias=((s.outputs,), "float32") if s.bias else None,
-            y=((s.batch, s.outputs, *w.out), "float32"),
+            **s.finish.arguments((s.batch, s.outputs, *w.out)),
         )
         x_to_h, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
         h_to_g, scale = T.bind(numbers[2]), T.bind(numbers[3])
+        writer = Writer(s.finish, ends)
         with T.serial(0, function.size((s.batch,))) as n:
             # The 1x1 stages see the image as one row; an SVD's stride is taken as the image is read.
             first = w if svd and not _is_pointwise(w) else pointwise(size)
@@ -163,7 +169,7 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
             if not svd:
                 # The core's output keeps the columns that its window drops; the last stage drops them.
                 last, seen = _core(isa, s, h, core, core_scale, h_to_g), w
-            done = ToImage(isa, seen, y, n * (s.outputs * out), scale, gain, bias, gain_first=False)
+            done = ToImage(isa, seen, writer, n * (s.outputs * out), scale, gain, bias, gain_first=False)
             convolve(isa, seen, last, u, ceil_div(r_out, QUAD), s.outputs, s.bits, done, as_it_lies=True)
     return function.func
 

@@ -1,6 +1,6 @@
-"""What becomes of the int32 sums of a convolution stage: a float32 NCHW image, or the next stage's int8 words."""
+"""What becomes of the int32 sums of a convolution stage: an NCHW image, or the next stage's int8 words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,6 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
-    chunks,
     fill,
     load,
     requantize,
@@ -18,6 +17,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
     when,
 )
+from t3c_compile.backends.tvm.kernels.finish import Writer
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.window import SLACK, Window
 
@@ -56,7 +56,7 @@ class Epilogue(Protocol):
 
 
 class ToImage:
-    """``sums * scale * gain[channel] + bias[channel]`` to float32 ``y`` [channels, H', W'] at element ``base``.
+    """``sums * scale * gain[channel] + bias[channel]``, finished by ``writer``: [channels, H', W'] at element ``base``.
 
     ``gain_first``: the product of the two factors is taken first (a dense layer's scale), not in turn (a chain's).
     """
@@ -65,14 +65,14 @@ class ToImage:
         self,
         isa: Isa,
         window: Window,
-        y: Buffer,
+        writer: Writer,
         base: Index,
         scale: Expr,
         gain: Buffer | None,
         bias: Buffer | None,
         gain_first: bool,
     ) -> None:
-        self._isa, self._window, self._y, self._base = isa, window, y, base
+        self._isa, self._window, self._writer, self._base = isa, window, writer, base
         self._scale, self._gain, self._bias, self._gain_first = scale, gain, bias, gain_first
 
     def begin(self, task: Task) -> None:
@@ -102,14 +102,16 @@ class ToImage:
             image = self._base + (task.first + row) * size
 
             def copy(tile: Index = tile, image: Index = image) -> None:
+                def read(source: Index) -> Callable[[Index, int], Expr]:
+                    return lambda i, n: load(self._tile, source + i, n)
+
                 if w.flat:
-                    start = image + task.start
-                    chunks(task.pixels, lanes, lambda i, n: store(self._y, start + i, load(self._tile, tile + i, n), n))
+                    self._writer.copy(read(tile), image + task.start, task.pixels, lanes)
                     return
                 columns = w.plane[1]
                 with T.serial(0, (task.pixels + columns - 1) // columns) as r:
-                    start, source = image + (task.start // columns + r) * w.out[1], tile + r * columns
-                    chunks(w.out[1], lanes, lambda i, n: store(self._y, start + i, load(self._tile, source + i, n), n))
+                    start = image + (task.start // columns + r) * w.out[1]
+                    self._writer.copy(read(tile + r * columns), start, w.out[1], lanes)
 
             when(task.exists(row), copy)
 

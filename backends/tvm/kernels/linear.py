@@ -14,9 +14,9 @@ from t3c_compile.backends.tvm.kernels.emit import (
     prim_func,
     requantize,
     store,
-    store_partial,
     vec,
 )
+from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS, Product, multiply, prepare_rows, row_stride
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
@@ -38,32 +38,34 @@ class LinearSpec:
     bias: bool = False
     max_rank: int = 0
     rank: int = 0
+    finish: Finish = PLAIN
 
 
 @cache
 def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [..., n], numbers, packed int8 weight, float32 scale [m], float32 bias [m] if any, float32 y [..., m]).
+    """(int8 x [..., n], numbers, packed int8 weight, float32 scale [m], float32 bias [m] if any, ``finish``).
 
     ``numbers``: float32 x_scale, x_zero_point.
     """
     with prim_func("int8_linear") as function:
-        x, numbers, weight, scale, bias, y = function.args(
+        x, numbers, weight, scale, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((2,), "float32"),
             weight=(quads_of_matrix((s.outputs, s.inputs)).shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
-            y=((*s.lead, s.outputs), "float32"),
+            **s.finish.arguments((*s.lead, s.outputs)),
         )
         lanes, rows = isa.lanes, function.size(s.lead)
         x_scale, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
+        writer = Writer(s.finish, ends)
 
         def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
             gain = load_partial(scale, column, lanes, valid) * fill(x_scale, lanes)
             value = T.cast(acc, vec("float32", lanes)) * gain
             if bias is not None:
                 value = value + load_partial(bias, column, lanes, valid)
-            store_partial(y, row * s.outputs + column, value, lanes, valid)
+            writer.put(row * s.outputs + column, value, lanes, valid)
 
         activations = prepare_rows(isa, x, rows, s.inputs)
         shape = Product(rows, s.outputs, s.inputs, s.inputs, zero_point, s.bits)
@@ -73,12 +75,12 @@ def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
 
 @cache
 def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [..., n], numbers, packed v, packed u, mid_scale [R], out_gain and bias [m] if any, float32 y [..., m]).
+    """(int8 x [..., n], numbers, packed v, packed u, mid_scale [R], out_gain and bias [m] if any, ``finish``).
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale.
     """
     with prim_func("svd_linear") as function:
-        x, numbers, v, u, mid_scale, gain, bias, y = function.args(
+        x, numbers, v, u, mid_scale, gain, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((3,), "float32"),
             v=(quads_of_matrix((s.max_rank, s.inputs)).shape, "int8"),
@@ -86,11 +88,11 @@ def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
             mid_scale=((s.max_rank,), "float32"),
             out_gain=((s.outputs,), "float32") if s.gain else None,
             bias=((s.outputs,), "float32") if s.bias else None,
-            y=((*s.lead, s.outputs), "float32"),
+            **s.finish.arguments((*s.lead, s.outputs)),
         )
         lanes, rows, stride = isa.lanes, function.size(s.lead), row_stride(s.rank)
         to_h, zero_point, h_scale = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32")), T.bind(numbers[2])
-
+        writer = Writer(s.finish, ends)
         activations = prepare_rows(isa, x, rows, s.inputs)
         middle = T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype)
 
@@ -107,7 +109,7 @@ def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
                 value = value * load_partial(gain, column, lanes, valid)
             if bias is not None:
                 value = value + load_partial(bias, column, lanes, valid)
-            store_partial(y, row * s.outputs + column, value, lanes, valid)
+            writer.put(row * s.outputs + column, value, lanes, valid)
 
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
         multiply(isa, first, activations, v, keep)

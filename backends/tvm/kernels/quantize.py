@@ -5,6 +5,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import top_bits
+from t3c_compile.backends.tvm.kernels.finish import quantized
 from t3c_compile.backends.tvm.kernels.vmath import rounded
 
 
@@ -14,12 +15,7 @@ def quantize(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
     ``numbers``: float32 1 / scale and zero point, an argument so that layers and profiles of one shape share a kernel.
     """
 
-    def element(*index: Expr) -> Expr:
-        q = T.nearbyint(x(*index) * numbers(0)) + numbers(1)
-        # Clamping before the cast keeps huge inputs defined; by way of int32 the cast vectorizes.
-        return T.cast(T.cast(T.max(T.min(q, T.float32(127)), T.float32(-128)), "int32"), "int8")
-
-    return te.compute(x.shape, element, name="quantize")
+    return te.compute(x.shape, lambda *i: quantized(x(*i), numbers(0), numbers(1), 1), name="quantize")
 
 
 def dequantize(q: te.Tensor, numbers: te.Tensor) -> te.Tensor:

@@ -26,6 +26,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     store,
     when,
 )
+from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.vmath import Lanes
 from t3c_compile.passes.ops.float_math import PARTIAL_SUMS, fast_exp
@@ -117,17 +118,24 @@ def softmax(isa: Isa, lead: tuple[int | str, ...], count: int | str) -> tvm.tirx
 
 @cache
 def layer_norm(
-    isa: Isa, lead: tuple[int | str, ...], count: int | str, weight: bool, bias: bool, epsilon: float
+    isa: Isa,
+    lead: tuple[int | str, ...],
+    count: int | str,
+    weight: bool,
+    bias: bool,
+    epsilon: float,
+    finish: Finish = PLAIN,
 ) -> tvm.tirx.PrimFunc:
-    """(float32 x [*lead, count], weight and bias [count] where there are, y like x): ``t3c::layer_norm_f32``."""
+    """(float32 x [*lead, count], weight and bias [count] where there are, ``finish``): ``t3c::layer_norm_f32``."""
     with prim_func("layer_norm") as function:
-        x, gamma, beta, y = function.args(
+        x, gamma, beta, *ends = function.args(
             x=((*lead, count), "float32"),
             weight=((count,), "float32") if weight else None,
             bias=((count,), "float32") if bias else None,
-            y=((*lead, count), "float32"),
+            **finish.arguments((*lead, count)),
         )
         rows, size = function.size(lead), function.size((count,))
+        writer = Writer(finish, ends)
 
         @for_each(rows, product((rows, size, 4)))
         def _(row: Index) -> None:
@@ -145,7 +153,7 @@ def layer_norm(
                 if gamma is not None:
                     value, scale = T.bind(value * scale), load(gamma, i, n)
                 value = value * scale if beta is None else T.fma(value, scale, load(beta, i, n))
-                store(y, start + i, value, n)
+                writer.put(start + i, value, n)
 
             chunks(size, isa.lanes, normalize)
 
@@ -154,16 +162,17 @@ def layer_norm(
 
 @cache
 def rms_norm(
-    isa: Isa, lead: tuple[int | str, ...], count: int | str, weight: bool, epsilon: float
+    isa: Isa, lead: tuple[int | str, ...], count: int | str, weight: bool, epsilon: float, finish: Finish = PLAIN
 ) -> tvm.tirx.PrimFunc:
-    """(float32 x [*lead, count], weight [count] where there is one, y like x): ``t3c::rms_norm_f32``."""
+    """(float32 x [*lead, count], weight [count] where there is one, ``finish``): ``t3c::rms_norm_f32``."""
     with prim_func("rms_norm") as function:
-        x, gamma, y = function.args(
+        x, gamma, *ends = function.args(
             x=((*lead, count), "float32"),
             weight=((count,), "float32") if weight else None,
-            y=((*lead, count), "float32"),
+            **finish.arguments((*lead, count)),
         )
         rows, size = function.size(lead), function.size((count,))
+        writer = Writer(finish, ends)
 
         @for_each(rows, product((rows, size, 3)))
         def _(row: Index) -> None:
@@ -173,7 +182,7 @@ def rms_norm(
 
             def normalize(i: Index, n: int) -> None:
                 value = load(x, start + i, n) * fill(gain, n)
-                store(y, start + i, value if gamma is None else value * load(gamma, i, n), n)
+                writer.put(start + i, value if gamma is None else value * load(gamma, i, n), n)
 
             chunks(size, isa.lanes, normalize)
 

@@ -90,3 +90,8 @@ def gelu(x: Expr) -> Expr:
 
 def gelu_tanh(x: Expr) -> Expr:
     return float_math.gelu_tanh(_SCALAR, x)
+
+
+def hard(x: Expr, lanes: int = 1) -> Expr:
+    """``clamp(x + 3, 0, 6)``"""
+    return T.min(T.max(x + fill(T.float32(3), lanes), fill(T.float32(0), lanes)), fill(T.float32(6), lanes))

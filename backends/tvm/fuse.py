@@ -1,0 +1,101 @@
+"""Which nodes each kernel takes over: the element-wise ones after it that its results alone go through.
+
+A kernel that does so ends as :class:`~t3c_compile.backends.tvm.kernels.finish.Finish` says, and what stands between two
+int8 layers is written to memory once, in int8.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from t3c_compile.backends.tvm.kernels.finish import ACTIVATIONS, ADD, Finish
+
+_HEADS = (
+    "int8_linear",
+    "svd_linear",
+    "int8_conv2d",
+    "svd_conv2d",
+    "tucker2_conv2d",
+    "cp_conv2d",
+    "layer_norm_f32",
+    "rms_norm_f32",
+)
+
+
+@dataclass
+class Fused:
+    """A kernel's node and what it takes over; the kernel is called where ``last``, its float32 result, stands.
+
+    ``added``: the nodes whose values are added. ``forms``: for each int8 form, the ``quantize_int8`` nodes that are it.
+    """
+
+    head: fx.Node
+    last: fx.Node
+    steps: list[str] = field(default_factory=list)
+    added: list[fx.Node] = field(default_factory=list)
+    forms: dict[tuple[float, int], list[fx.Node]] = field(default_factory=dict)
+    floats: bool = True
+
+    @property
+    def before_last(self) -> list[fx.Node]:
+        """The nodes from ``head`` to the one before ``last``."""
+        nodes, node = [], self.head
+        while node is not self.last:
+            nodes.append(node)
+            node = next(iter(node.users))
+        return nodes
+
+    @property
+    def finish(self) -> Finish:
+        return Finish(tuple(self.steps), self.floats, len(self.forms))
+
+
+def fuse(graph: fx.Graph) -> list[Fused]:
+    """One for every node that has such a kernel. No node is taken over twice."""
+    taken: set[fx.Node] = set()
+    found = []
+    for node in graph.nodes:
+        if _name(node) not in _HEADS:
+            continue
+        fused = Fused(node, node)
+        while len(fused.last.users) == 1:
+            (user,) = fused.last.users
+            if user in taken or not _take(fused, user):
+                break
+            taken.add(user)
+            fused.last = user
+        for user in fused.last.users:
+            if _name(user) == "quantize_int8":
+                scale, zero_point = user.args[1:]
+                fused.forms.setdefault((float(scale), int(zero_point)), []).append(user)  # type: ignore[arg-type]
+        fused.floats = sum(map(len, fused.forms.values())) < len(fused.last.users)
+        found.append(fused)
+    return found
+
+
+def _take(fused: Fused, user: fx.Node) -> bool:
+    """Add ``user`` to the steps where it is one."""
+    if _name(user) in ACTIVATIONS:
+        fused.steps.append(_name(user))
+        return True
+    if user.target != torch.ops.aten.add.Tensor or user.kwargs or len(user.args) != 2:
+        return False
+    others = [value for value in user.args if value is not fused.last]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return False
+    (other,) = others
+    mine, theirs = fused.last.meta["val"], other.meta["val"]
+    if not isinstance(theirs, torch.Tensor) or theirs.dtype != torch.float32 or theirs.dim() != mine.dim():
+        return False
+    if not all(statically_known_true(a == b) for a, b in zip(mine.shape, theirs.shape, strict=True)):
+        return False
+    fused.steps.append(ADD)
+    fused.added.append(other)
+    return True
+
+
+def _name(node: fx.Node) -> str:
+    """The op's name without namespace and overload."""
+    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""

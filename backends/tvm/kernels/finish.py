@@ -1,0 +1,126 @@
+"""How a kernel ends: what becomes of each float32 result before it is written, so that it is written once.
+
+Other tensors are added and activation functions applied in registers; what is written is float32, int8 for the layers
+that read it, or both.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from t3c_compile.backends.tvm.kernels import vmath
+from t3c_compile.backends.tvm.kernels.emit import (
+    Buffer,
+    Index,
+    Shape,
+    ceil_div,
+    chunks,
+    fill,
+    load_partial,
+    static,
+    store_partial,
+    vec,
+)
+from t3c_compile.passes.ops.elementwise import FUNCTIONS
+
+ADD = "add"
+
+
+def _relu(x: Expr, lanes: int) -> Expr:
+    return T.max(x, fill(T.float32(0), lanes))
+
+
+def _hardswish(x: Expr, lanes: int) -> Expr:
+    return x * vmath.hard(x, lanes) / fill(T.float32(6), lanes)
+
+
+def _of_float_math(function: Callable[[Any, Any], Any], x: Expr, lanes: int) -> Expr:
+    value: Expr = function(vmath.Lanes(lanes), x)
+    return value
+
+
+# By the name of the ATen or t3c op.
+ACTIVATIONS: Mapping[str, Callable[[Expr, int], Expr]] = {
+    "relu": _relu,
+    "hardswish": _hardswish,
+    **{name: partial(_of_float_math, FUNCTIONS[name]) for name in FUNCTIONS if name not in ("exp_f32", "erf_f32")},
+}
+
+
+@dataclass(frozen=True)
+class Finish:
+    """``steps`` in order, each ``add`` (of a tensor of the result's shape) or a name in :data:`ACTIVATIONS`.
+
+    ``floats``: the float32 result is written. ``quantized``: how many int8 forms of it are, each with its own scale.
+    """
+
+    steps: tuple[str, ...] = ()
+    floats: bool = True
+    quantized: int = 0
+
+    def arguments(self, shape: Shape) -> dict[str, tuple[Shape, str] | None]:
+        """What a kernel takes after its own arguments: tensors to add, 1 / scale and zero point of each int8 form
+        (float32), and the results."""
+        added = {f"added{i}": (shape, "float32") for i in range(self.steps.count(ADD))}
+        forms = {f"q{i}": (shape, "int8") for i in range(self.quantized)}
+        return {
+            **added,
+            "forms": ((2 * self.quantized,), "float32") if self.quantized else None,
+            "y": (shape, "float32") if self.floats else None,
+            **forms,
+        }
+
+
+PLAIN = Finish()
+
+
+class Writer:
+    """Ends a kernel as ``finish`` says; ``buffers`` are those of its arguments."""
+
+    def __init__(self, finish: Finish, buffers: Sequence[Buffer]) -> None:
+        count = finish.steps.count(ADD)
+        self._finish, self._added = finish, buffers[:count]
+        forms, self._y = buffers[count], buffers[count + 1]
+        self._forms = [(q, T.bind(forms[2 * i]), T.bind(forms[2 * i + 1])) for i, q in enumerate(buffers[count + 2 :])]
+
+    def put(self, index: Index, value: Expr, lanes: int, valid: int | None = None) -> None:
+        """Write the first ``valid`` (all) of ``lanes`` results that lie from element ``index`` on."""
+        valid = lanes if valid is None else valid
+        added = iter(self._added)
+        for step in self._finish.steps:
+            if step == ADD:
+                # Never one operation with a product before it: the reference rounds both.
+                value = vmath.rounded(value, lanes) + load_partial(next(added), index, lanes, valid)
+            else:
+                value = ACTIVATIONS[step](T.bind(value), lanes)
+        value = T.bind(value)
+        if self._y is not None:
+            store_partial(self._y, index, value, lanes, valid)
+        for q, inverse, zero_point in self._forms:
+            store_partial(q, index, quantized(value, inverse, zero_point, lanes), lanes, valid)
+
+    def copy(self, source: Callable[[Index, int], Expr], start: Index, count: Index, lanes: int) -> None:
+        """Write ``count`` results from element ``start`` on; ``source(i, lanes)`` reads them.
+
+        A length known now is covered by whole vectors, the last of which may repeat results of the one before.
+        """
+        number = static(count)
+        if number is None:
+            chunks(count, lanes, lambda i, n: self.put(start + i, source(i, n), n))
+            return
+        width = min(lanes, 1 << (number.bit_length() - 1))
+        with T.serial(0, ceil_div(number, width)) as block:
+            i = block * width if number % width == 0 else T.bind(T.min(block * width, number - width))
+            self.put(start + i, source(i, width), width)
+
+
+def quantized(value: Expr, inverse: Expr, zero_point: Expr, lanes: int) -> Expr:
+    """``t3c::quantize_int8`` of float32 ``value``; ``inverse`` (1 / scale) and ``zero_point`` are float32 scalars."""
+    q = T.nearbyint(value * fill(inverse, lanes)) + fill(zero_point, lanes)
+    # Clamping before the cast keeps huge inputs defined; by way of int32 the cast vectorizes.
+    clamped = T.max(T.min(q, fill(T.float32(127), lanes)), fill(T.float32(-128), lanes))
+    return T.cast(T.cast(clamped, vec("int32", lanes)), vec("int8", lanes))
