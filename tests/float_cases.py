@@ -9,8 +9,9 @@ from torch import Tensor
 from tvm import te
 
 from t3c_compile.backends.tvm.default_schedule import schedule_default
-from t3c_compile.backends.tvm.kernels import floats, rows, vmath
+from t3c_compile.backends.tvm.kernels import floats, pool, rows, vmath
 from t3c_compile.backends.tvm.kernels.attention import AttentionSpec, attention
+from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
 ops = torch.ops.t3c
@@ -36,6 +37,15 @@ def build_float_cases() -> list[Case]:
     ):
         make.mean(outer, reduced, inner, symbolic=False)
     make.mean((2,), (19,), (21,), symbolic=True)
+    for sizes in (
+        # height, width, kernel, stride, padding, ceil mode
+        (23, 40, 3, 2, 1, False),
+        (7, 5, 2, 2, 0, True),
+        (6, 50, 3, 1, 1, False),
+        (9, 9, 5, 3, 2, True),
+        (2, 3, 3, 2, 1, False),
+    ):
+        make.max_pool2d(*sizes)
     for case in ((3, 17, 32, 17), (2, 5, 3, 70), (1, 130, 20, 3), (2, 1, 9, 33)):
         make.matmul(*case, symbolic=False)
     make.matmul(2, 17, 11, 40, symbolic=True)
@@ -106,6 +116,15 @@ class _Maker:
         flat[2] *= 1e30
         count = "s" if symbolic else shape[-1]
         self.add("softmax", partial(rows.softmax, lead=shape[:-1], count=count), [x], ops.softmax_f32(x))
+
+    def max_pool2d(self, height: int, width: int, kernel: int, stride: int, padding: int, ceil: bool) -> None:
+        x = torch.randn(2, 3, height, width) - 5
+        x[0, 0, 0], x[1, 2, :, -1] = -INFINITY, INFINITY
+        expected = torch.nn.functional.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
+        window = Window((height, width), (kernel, kernel), (stride, stride), (padding, padding), (1, 1))
+        out = tuple(expected.shape[2:])
+        for lead in ((2, 3), ("n", 3)):
+            self.add("max_pool2d", partial(pool.max_pool2d, lead=lead, window=window, out=out), [x], expected)
 
     def mean(self, outer: tuple[int, ...], reduced: tuple[int, ...], inner: tuple[int, ...], symbolic: bool) -> None:
         x = torch.randn(*outer, *reduced, *inner) * 100

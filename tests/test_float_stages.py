@@ -53,7 +53,7 @@ def test_kernels_equal_the_reference_on_arm64(arm64: ModuleType, tmp_path: Path)
 
 def test_every_op_has_a_case() -> None:
     covered = {case.call.name.rpartition("_")[0].removesuffix("_f32") for case in CASES}
-    assert covered == {op.removesuffix("_f32") for op in ops.FLOAT_OPS}
+    assert covered == {op.removesuffix("_f32") for op in ops.FLOAT_OPS} | {"max_pool2d"}
 
 
 def test_a_difference_in_the_last_place_is_seen() -> None:

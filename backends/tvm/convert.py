@@ -216,19 +216,28 @@ def _slice(lower: Lowering, a: Arguments) -> relax.Var:
 
 
 def _select(lower: Lowering, a: Arguments) -> relax.Var:
-    """One place of an axis; TVM would look it up in a table of one index."""
-    x, index = lower.value(a["self"]), a["index"]
+    """One place of an axis; TVM would look it up in a table of one index.
+
+    Of a permuted tensor it is taken before the permutation, so that each place (query, key, value) is moved alone.
+    """
+    source, index = a["self"], a["index"]
     if not isinstance(index, int):
         return lower.default()
+    dim, left = a["dim"] % source.meta["val"].dim(), None
+    if source.target == torch.ops.aten.permute.default:
+        order = [d % len(source.args[1]) for d in source.args[1]]
+        source, axis = source.args[0], order.pop(dim)
+        dim, left = axis, [d - (d > axis) for d in order]
+    x = lower.value(source)
     shape = shape_of(x)
-    dim = a["dim"] % len(shape)
     place = index if index >= 0 else shape[dim] + index
 
     def select(data: te.Tensor) -> te.Tensor:
         out = [*shape[:dim], *shape[dim + 1 :]]
         return te.compute(out, lambda *i: data(*i[:dim], place, *i[dim:]), name="select")
 
-    return lower.expression(select, x)
+    y = lower.expression(select, x)
+    return y if left is None or left == sorted(left) else lower.emit(relax.op.permute_dims(y, left))
 
 
 def _cumsum(lower: Lowering, a: Arguments) -> relax.Var:

@@ -10,9 +10,10 @@ import tvm
 from tvm import relax, te
 from tvm.ir import Expr
 
-from t3c_compile.backends.tvm.kernels import floats, rows, vmath
+from t3c_compile.backends.tvm.kernels import floats, pool, rows, vmath
 from t3c_compile.backends.tvm.kernels.emit import static
 from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
 _ELEMENTWISE = {
@@ -47,6 +48,7 @@ Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 def _rules(isa: Isa) -> dict[str, Rule]:
     kernels: dict[str, Callable[[Isa, relax.BlockBuilder, relax.Call], relax.Expr | None]] = {
         "relax.matmul": _matmul,
+        "relax.nn.max_pool2d": _max_pool2d,
         "relax.nn.softmax": _softmax,
         "relax.nn.layer_norm": _layer_norm,
     }
@@ -116,6 +118,19 @@ def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Ex
     else:
         kernel = floats.matmul(isa, dims(batch), dims([rows]), inputs, columns)
     return _kernel_call(builder, kernel, "matmul", call)
+
+
+def _max_pool2d(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+    *lead, height, width = shape_of(call.args[0])
+    attrs = call.attrs
+    kernel, stride, dilation = (tuple(map(int, v)) for v in (attrs.pool_size, attrs.strides, attrs.dilation))
+    padding = tuple(map(int, attrs.padding))
+    known = isinstance(height, int) and isinstance(width, int) and str(call.ty.dtype) == "float32"
+    if not known or attrs.layout != "NCHW" or dilation != (1, 1) or padding[:2] != padding[2:]:
+        return None
+    window = Window((height, width), kernel, stride, padding[:2], dilation)
+    out = shape_of(call)[-2:]
+    return _kernel_call(builder, pool.max_pool2d(isa, dims(lead), window, (out[0], out[1])), "max_pool2d", call)
 
 
 def _softmax(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
