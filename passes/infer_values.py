@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
@@ -37,7 +38,8 @@ def _size(size: Any) -> int | tuple[str, int]:
 def infer_values(gm: GraphModule, specs: tuple[Any, ...]) -> None:
     """Set ``meta["val"]`` of every node of a graph without modules; ``specs`` are those of the captured graph."""
     shapes = ShapeEnv()
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes) as mode:
+    # Python's own kernels, as in export: some of ATen's (lstm) ask a size for its number.
+    with enable_python_dispatcher(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes) as mode:
         symbols: dict[str, Any] = {}
 
         def sized(size: int | tuple[str, int]) -> Any:
