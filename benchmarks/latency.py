@@ -6,7 +6,8 @@ Every engine runs in a process of its own, on as many cores as threads; engines 
 stopped, so that no thread pool spins beside the one measured. A figure is the median over rounds of a round's median.
 ``error`` is the relative 2-norm of the logits' difference from torch's in float32 (weights are random, so that of
 factorized profiles says nothing of a trained model). ``of_best`` is the ratio to the best int8 peer of the same run.
-Results go to ``benchmarks/results/latency.json``; prepared models stay in ``build/latency``.
+Results go to ``benchmarks/results/latency.json``, in place of those of the same model, batch and threads; prepared
+models stay in ``build/latency``.
 """
 
 import argparse
@@ -134,14 +135,17 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     chosen = parser.parse_args()
+    kept: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     results: list[dict[str, Any]] = []
     with Progress(transient=True) as bar:
         for model in chosen.models:
             for batch in chosen.batch:
                 for threads in chosen.threads:
+                    case = (model, batch, threads)
+                    kept = [row for row in kept if (row["model"], row["batch"], row["threads"]) != case]
                     results += compare(model, batch, threads, chosen.engines, bar)
                     RESULTS.parent.mkdir(exist_ok=True)
-                    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                    RESULTS.write_text(json.dumps(kept + results, indent=1) + "\n", encoding="utf-8")
     for reason in (row for row in results if "reason" in row):
         print(f"{reason['model']}, {reason['engine']}: not run: {reason['reason']}")
     show("latency, median of rounds", [row for row in results if "ms" in row], False)

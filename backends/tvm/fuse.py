@@ -70,7 +70,7 @@ def fuse(graph: fx.Graph) -> list[Fused]:
             if _name(user) == "quantize_int8":
                 scale, zero_point = user.args[1:]
                 fused.forms.setdefault((float(scale), int(zero_point)), []).append(user)  # type: ignore[arg-type]
-        fused.floats = sum(map(len, fused.forms.values())) < len(fused.last.users)
+        fused.floats = sum(map(len, fused.forms.values())) < max(1, len(fused.last.users))
         found.append(fused)
     return found
 
@@ -82,10 +82,10 @@ def _take(fused: Fused, user: fx.Node) -> bool:
         return True
     if user.target != torch.ops.aten.add.Tensor or user.kwargs or len(user.args) != 2:
         return False
-    others = [value for value in user.args if value is not fused.last]
-    if len(others) != 1 or not isinstance(others[0], fx.Node):
+    # A value added to itself leaves none.
+    other = next((value for value in user.args if value is not fused.last), None)
+    if not isinstance(other, fx.Node):
         return False
-    (other,) = others
     mine, theirs = fused.last.meta["val"], other.meta["val"]
     if not isinstance(theirs, torch.Tensor) or theirs.dtype != torch.float32 or theirs.dim() != mine.dim():
         return False

@@ -123,12 +123,14 @@ def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Ex
 def _max_pool2d(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
     *lead, height, width = shape_of(call.args[0])
     attrs = call.attrs
-    kernel, stride, dilation = (tuple(map(int, v)) for v in (attrs.pool_size, attrs.strides, attrs.dilation))
-    padding = tuple(map(int, attrs.padding))
+    kernel, stride, dilation, before, after = (
+        (int(v[0]), int(v[1]))
+        for v in (attrs.pool_size, attrs.strides, attrs.dilation, attrs.padding[:2], attrs.padding[2:])
+    )
     known = isinstance(height, int) and isinstance(width, int) and str(call.ty.dtype) == "float32"
-    if not known or attrs.layout != "NCHW" or dilation != (1, 1) or padding[:2] != padding[2:]:
+    if not known or attrs.layout != "NCHW" or dilation != (1, 1) or before != after:
         return None
-    window = Window((height, width), kernel, stride, padding[:2], dilation)
+    window = Window((height, width), kernel, stride, before, dilation)
     out = shape_of(call)[-2:]
     return _kernel_call(builder, pool.max_pool2d(isa, dims(lead), window, (out[0], out[1])), "max_pool2d", call)
 
