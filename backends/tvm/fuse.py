@@ -52,14 +52,17 @@ class Fused:
         return Finish(tuple(self.steps), self.floats, len(self.forms))
 
 
-def fuse(graph: fx.Graph) -> list[Fused]:
-    """One for every node that has such a kernel. No node is taken over twice."""
+def fuse(graph: fx.Graph, take_over: bool = True) -> list[Fused]:
+    """One for every node that has such a kernel. No node is taken over twice; none is unless ``take_over``."""
     taken: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
         if _name(node) not in _HEADS:
             continue
         fused = Fused(node, node)
+        found.append(fused)
+        if not take_over:
+            continue
         while len(fused.last.users) == 1:
             (user,) = fused.last.users
             if user in taken or not _take(fused, user):
@@ -71,7 +74,6 @@ def fuse(graph: fx.Graph) -> list[Fused]:
                 scale, zero_point = user.args[1:]
                 fused.forms.setdefault((float(scale), int(zero_point)), []).append(user)  # type: ignore[arg-type]
         fused.floats = sum(map(len, fused.forms.values())) < max(1, len(fused.last.users))
-        found.append(fused)
     return found
 
 

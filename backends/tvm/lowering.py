@@ -35,9 +35,12 @@ class UnsupportedOpError(T3CError):
 
 
 class Lowering:
-    """One profile on its way to Relax; ``program`` has been through :func:`prepare`."""
+    """One profile on its way to Relax; ``program`` has been through :func:`prepare`.
 
-    def __init__(self, isa: Isa, program: torch.export.ExportedProgram) -> None:
+    ``take_over``: kernels take over the nodes after them; else each op is one of the module's.
+    """
+
+    def __init__(self, isa: Isa, program: torch.export.ExportedProgram, take_over: bool = True) -> None:
         self.isa = isa
         self.program = program
         self.names = {
@@ -48,7 +51,7 @@ class Lowering:
         self.tokens_first: dict[fx.Node, relax.Var] = {}
         self.node: Any = None
         self._importer: Any = None
-        found = fuse(program.graph)
+        found = fuse(program.graph, take_over)
         self._called_at = {fused.last: fused for fused in found}
         self._taken_over = {node for fused in found for node in fused.before_last}
         self._fused: Any = None

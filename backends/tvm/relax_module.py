@@ -45,7 +45,8 @@ def relax_module(
     inputs = traced_inputs(model, example_inputs)
     shapes = model.meta["t3c_dynamic_shapes"]
     program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
-    lowering = Lowering(isa, prepare({"main": program})["main"])
+    # A pass of the user's sees every op.
+    lowering = Lowering(isa, prepare({"main": program})["main"], take_over=False)
     module = _pack_inside(lowering, lowering.run(CONVERTERS))
     weights = [graph.state_dict()[lowering.names[name]] for name in _weight_names(module)]
     return module, [tvm.runtime.tensor(weight.detach().contiguous().numpy()) for weight in weights]
