@@ -12,8 +12,8 @@ _HEAD = """# Models through the pipeline
 Written by `python benchmarks/models.py` from `benchmarks/results/models.json`; run it again rather than edit this page.
 Models are those of `examples/models`, at full size, with random weights; `--small` does the same with small variants.
 
-A cell has its error and its seconds, or the number of the reason below why it cannot. An error is relative: the 2-norm
-of the difference of all outputs, divided by that of the reference.
+A cell has its error and its seconds, or the number of the reason below why it cannot; an empty one was not run. An
+error is relative: the 2-norm of the difference of all outputs, divided by that of the reference.
 
 - **capture**: `torch.export` in eval and in train mode; error against the model.
 - **transform**: all passes, at full rank and 32 bits; error against the model; elastic layers, and kept ones.
