@@ -265,7 +265,7 @@ def _hardsigmoid(x: te.Tensor) -> te.Tensor:
 
 
 def _hardswish(x: te.Tensor) -> te.Tensor:
-    return te.compute(x.shape, lambda *i: x(*i) * vmath.hard(x(*i)) / T.float32(6), name="hardswish")
+    return te.compute(x.shape, lambda *i: vmath.hardswish(x(*i)), name="hardswish")
 
 
 def _float_expression(function: Callable[[te.Tensor], te.Tensor], lower: Lowering, a: Arguments) -> relax.Var:

@@ -34,10 +34,6 @@ def _relu(x: Expr, lanes: int) -> Expr:
     return T.max(x, fill(T.float32(0), lanes))
 
 
-def _hardswish(x: Expr, lanes: int) -> Expr:
-    return x * vmath.hard(x, lanes) / fill(T.float32(6), lanes)
-
-
 def _of_float_math(function: Callable[[Any, Any], Any], x: Expr, lanes: int) -> Expr:
     value: Expr = function(vmath.Lanes(lanes), x)
     return value
@@ -46,7 +42,7 @@ def _of_float_math(function: Callable[[Any, Any], Any], x: Expr, lanes: int) -> 
 # By the name of the ATen or t3c op.
 ACTIVATIONS: Mapping[str, Callable[[Expr, int], Expr]] = {
     "relu": _relu,
-    "hardswish": _hardswish,
+    "hardswish": vmath.hardswish,
     **{name: partial(_of_float_math, FUNCTIONS[name]) for name in FUNCTIONS if name not in ("exp_f32", "erf_f32")},
 }
 

@@ -42,7 +42,7 @@ def max_pool2d(isa: Isa, lead: tuple[int | str, ...], window: Window, out: tuple
 
         @for_each(planes, product((planes, height, width, kw)))
         def _(plane: Index) -> None:
-            row = T.alloc_buffer((columns + lanes,), "float32")
+            row = T.alloc_buffer((columns,), "float32")
             maxima = T.alloc_buffer((blocks * lanes,), "float32")
             with T.serial(0, columns) as i:
                 T.buffer_store(row, float32(_LEAST), [i])

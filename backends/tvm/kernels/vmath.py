@@ -95,3 +95,8 @@ def gelu_tanh(x: Expr) -> Expr:
 def hard(x: Expr, lanes: int = 1) -> Expr:
     """``clamp(x + 3, 0, 6)``"""
     return T.min(T.max(x + fill(T.float32(3), lanes), fill(T.float32(0), lanes)), fill(T.float32(6), lanes))
+
+
+def hardswish(x: Expr, lanes: int = 1) -> Expr:
+    """``x * hard(x) / 6``"""
+    return x * hard(x, lanes) / fill(T.float32(6), lanes)
