@@ -15,7 +15,8 @@ from t3c_compile.backends.tvm.kernels.epilogues import ToImage, ToWords
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.pack import quads_of_conv, quads_of_matrix
-from t3c_compile.backends.tvm.kernels.pixels import Planes, convolve, depthwise
+from t3c_compile.backends.tvm.kernels.pixels import Planes, convolve, default_depthwise_tile, default_tile, depthwise
+from t3c_compile.backends.tvm.kernels.tile import Tiles, tile_of
 from t3c_compile.backends.tvm.kernels.window import SLACK, Window, channel_words, pointwise, spread
 
 
@@ -90,7 +91,7 @@ def _middle(isa: Isa, channels: int, pixels: int) -> Planes:
 
 
 @cache
-def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
+def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(int8 x [N, C, H, W], numbers, weight, float32 scale [O], float32 bias [O] if any, ``finish`` of
     [N, O, H', W']).
 
@@ -100,7 +101,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
     w = s.window
     raw = (s.outputs, s.channels // s.groups, *w.kernel)
     packing = quads_of_conv(raw, s.groups)
-    with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d") as function:
+    with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d", tiles) as function:
         x, numbers, weight, scale, bias, *ends = function.args(
             x=((s.batch, s.channels, *w.size), "int8"),
             numbers=((2,), "float32"),
@@ -116,12 +117,14 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
             if s.is_depthwise:
                 planes = _read_image(isa, x, n, s.channels, 1, w, zero_point)
                 done = ToImage(isa, w, writer, base, x_scale, scale, bias, gain_first=True)
-                depthwise(isa, w, planes, weight, s.channels, s.bits, done)
+                tile = tile_of(tiles, 0, default_depthwise_tile())
+                depthwise(isa, w, planes, weight, s.channels, s.bits, done, tile)
             else:
-                seen = pointwise(w.size[0] * w.size[1]) if _is_pointwise(w) else w
+                seen = seen_window(w)
                 planes = _read_image(isa, x, n, s.channels, s.groups, seen, zero_point)
                 done = ToImage(isa, seen, writer, base, x_scale, scale, bias, gain_first=True)
-                convolve(isa, seen, planes, weight, planes.quads, s.outputs // s.groups, s.bits, done)
+                tile = tile_of(tiles, 0, default_tile(isa, seen))
+                convolve(isa, seen, planes, weight, planes.quads, s.outputs // s.groups, s.bits, done, tile)
     return function.func
 
 
@@ -129,8 +132,22 @@ def _is_pointwise(w: Window) -> bool:
     return w.kernel == (1, 1) and w.stride == (1, 1) and w.padding == (0, 0)
 
 
+def seen_window(w: Window) -> Window:
+    """The window of a dense product: a 1x1 one sees the image as one row."""
+    return pointwise(w.size[0] * w.size[1]) if _is_pointwise(w) else w
+
+
+def chain_windows(s: ChainSpec) -> tuple[Window, ...]:
+    """The window of each product of a chain. The 1x1 stages see the image as one row; an SVD's stride is taken as the
+    image is read."""
+    if s.form == "svd":
+        first = seen_window(s.window)
+        return first, first
+    return pointwise(s.window.size[0] * s.window.size[1]), s.window, s.window
+
+
 @cache
-def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
+def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, ``finish``).
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle.
@@ -140,9 +157,10 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     w = s.window
     (r_in, r_out), svd = s.ranks, s.form == "svd"
     k_in = min(s.rank, r_in)
-    size, out = w.size[0] * w.size[1], w.out[0] * w.out[1]
+    first, *_, seen = chain_windows(s)
+    out = w.out[0] * w.out[1]
     core_shape = (r_in, *w.kernel) if s.form == "cp" else quads_of_conv((r_out, r_in, *w.kernel)).shape
-    with prim_func(f"{s.form}_conv") as function:
+    with prim_func(f"{s.form}_conv", tiles) as function:
         x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
             x=((s.batch, s.channels, *w.size), "int8"),
             numbers=((4,), "float32"),
@@ -159,22 +177,19 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
         h_to_g, scale = T.bind(numbers[2]), T.bind(numbers[3])
         writer = Writer(s.finish, ends)
         with T.serial(0, function.size((s.batch,))) as n:
-            # The 1x1 stages see the image as one row; an SVD's stride is taken as the image is read.
-            first = w if svd and not _is_pointwise(w) else pointwise(size)
             image = _read_image(isa, x, n, s.channels, 1, first, zero_point)
             h = _middle(isa, k_in, first.pixels)
             to_h = ToWords(isa, h.buffer, h.stride, mid_scale, x_to_h)
-            convolve(isa, first, image, v, image.quads, k_in, s.bits, to_h)
-            last, seen = h, first
-            if not svd:
-                # The core's output keeps the columns that its window drops; the last stage drops them.
-                last, seen = _core(isa, s, h, core, core_scale, h_to_g), w
+            convolve(isa, first, image, v, image.quads, k_in, s.bits, to_h, tile_of(tiles, 0, default_tile(isa, first)))
+            # The core's output keeps the columns that its window drops; the last stage drops them.
+            last = h if svd else _core(isa, s, h, core, core_scale, h_to_g, tiles)
             done = ToImage(isa, seen, writer, n * (s.outputs * out), scale, gain, bias, gain_first=False)
-            convolve(isa, seen, last, u, ceil_div(r_out, QUAD), s.outputs, s.bits, done, as_it_lies=True)
+            tile = tile_of(tiles, 1 if svd else 2, default_tile(isa, seen))
+            convolve(isa, seen, last, u, ceil_div(r_out, QUAD), s.outputs, s.bits, done, tile, as_it_lies=True)
     return function.func
 
 
-def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer, h_to_g: Expr) -> Planes:
+def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer, h_to_g: Expr, tiles: Tiles) -> Planes:
     """The middle stage: int8 ``h`` at the input's size through the window to int8 at the output's."""
     w = s.window
 
@@ -187,7 +202,8 @@ def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer, h
     g = _middle(isa, k_out, w.pixels)
     to_g = ToWords(isa, g.buffer, g.stride, core_scale, h_to_g)
     if s.form == "cp":
-        depthwise(isa, w, planes, core, k_out, s.bits, to_g)
+        depthwise(isa, w, planes, core, k_out, s.bits, to_g, tile_of(tiles, 1, default_depthwise_tile()))
     else:
-        convolve(isa, w, planes, core, ceil_div(s.ranks[0], QUAD), k_out, s.bits, to_g)
+        tile = tile_of(tiles, 1, default_tile(isa, w))
+        convolve(isa, w, planes, core, ceil_div(s.ranks[0], QUAD), k_out, s.bits, to_g, tile)
     return g

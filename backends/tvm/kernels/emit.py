@@ -14,6 +14,8 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.kernels.tile import Tiles
+
 Buffer = Any  # a TIR buffer variable
 Index = Any  # an int or a TIR index expression
 Shape = Sequence[int | str]
@@ -25,13 +27,14 @@ PARALLEL_WORK = 1 << 20
 
 
 @contextmanager
-def prim_func(name: str) -> Iterator["Function"]:
-    """Build one PrimFunc inside the ``with``; afterwards ``.func`` holds it."""
+def prim_func(name: str, tiles: Tiles = ()) -> Iterator["Function"]:
+    """Build one PrimFunc inside the ``with``; afterwards ``.func`` holds it. ``tiles``: those it was tuned to."""
+    how = f", tuned {'; '.join(map(str, tiles))}" if tiles else ""
     result = Function()
     with IRBuilder() as builder, T.prim_func(is_private=True):
         T.func_name(name)
         # Opaque to operator fusion, and known to the default schedule as already scheduled.
-        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "t3c.schedule": f"kernel template: {name}"})
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "t3c.schedule": f"kernel template: {name}{how}"})
         yield result
     result.func = builder.get()
 
@@ -221,19 +224,19 @@ def requantize(acc: Expr, multiplier: Expr, lanes: int) -> Expr:
     return T.cast(clamped, vec("int32", lanes))
 
 
-def row_chunks(rows: Index) -> Index:
+def row_chunks(rows: Index, chunk: int = CHUNK_ROWS) -> Index:
     """How many chunks of rows there are; one at least: TVM folds what even a branch never taken divides by."""
-    count = ceil_div(rows, CHUNK_ROWS)
+    count = ceil_div(rows, chunk)
     return count if static(count) is not None else T.max(count, 1)
 
 
-def by_rows(rows: Index, most: int, body: Callable[[int], None]) -> None:
+def by_rows(rows: Index, most: int, body: Callable[[int], None], chunk: int = CHUNK_ROWS) -> None:
     """Emit ``body`` with the rows of its register tile, at most ``most``, chosen so that ``rows`` split evenly.
 
     Where a call may turn out to have one row, a body for one row is emitted beside the general one.
     """
     count = static(rows)
-    if count is not None and count <= CHUNK_ROWS:
+    if count is not None and count <= chunk:
         body(ceil_div(count, ceil_div(count, most)))
     elif count is None and least(rows) == 1:
         when(rows == 1, lambda: body(1), lambda: body(most))

@@ -33,6 +33,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+from t3c_compile.backends.tvm.kernels.tile import Tile
 
 # store(row, column, valid lanes, int32 sums)
 Epilogue = Callable[[Index, Index, int, Expr], None]
@@ -107,20 +108,30 @@ def weight_sums(
     return sums
 
 
-def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogue: Epilogue) -> None:
+def rows_for(isa: Isa, vectors: int) -> int:
+    """Rows of a register tile ``vectors`` wide."""
+    return min(12, isa.registers // vectors)
+
+
+def default_tile(isa: Isa) -> Tile:
+    """The tile of a product that was not tuned."""
+    return Tile(rows_for(isa, isa.panel()), isa.panel(), CHUNK_ROWS)
+
+
+def multiply(isa: Isa, p: Product, tile: Tile, activations: Buffer, weights: Buffer, epilogue: Epilogue) -> None:
     """Emit the product; ``epilogue`` gets each vector of ``sum((x - zero_point) * weight)``."""
-    width = isa.panel() * isa.lanes
+    width = tile.vectors * isa.lanes
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
-    parts = row_chunks(p.rows)
+    parts = row_chunks(p.rows, tile.chunk)
 
     @for_each(panels * parts, product((p.rows, p.columns, p.inputs)))
     def _(task: Index) -> None:
         panel = T.bind(task // parts)
-        first = T.bind((task % parts) * CHUNK_ROWS)
+        first = T.bind((task % parts) * tile.chunk)
 
         def emit(columns: int) -> None:
-            _panel(isa, p, activations, weights, epilogue, panel * width, columns, first)
+            _panel(isa, p, tile, activations, weights, epilogue, panel * width, columns, first)
 
         if whole and rest:
             when(panel < whole, lambda: emit(width), lambda: emit(rest))
@@ -131,6 +142,7 @@ def multiply(isa: Isa, p: Product, activations: Buffer, weights: Buffer, epilogu
 def _panel(
     isa: Isa,
     p: Product,
+    tile: Tile,
     activations: Buffer,
     weights: Buffer,
     epilogue: Epilogue,
@@ -150,11 +162,11 @@ def _panel(
 
     sums = weight_sums(isa, weights, at, 1, quads, vectors, p.bits) if static(offset) != 0 else None
     count = static(p.rows)
-    last = T.min(first + CHUNK_ROWS, p.rows) if count is None or count > CHUNK_ROWS else count
+    last = T.min(first + tile.chunk, p.rows) if count is None or count > tile.chunk else count
 
     def sweep(rows: int) -> None:
-        with T.serial(0, ceil_div(last - first, rows)) as tile:
-            row = T.bind(first + tile * rows)
+        with T.serial(0, ceil_div(last - first, rows)) as number:
+            row = T.bind(first + number * rows)
             acc = accumulators(rows, vectors, lanes, "int32")
             for line in acc:
                 for v, cell in enumerate(line):
@@ -174,7 +186,8 @@ def _panel(
                     for v, cell in enumerate(line):
                         epilogue(row + r, column + v * lanes, min(lanes, columns - v * lanes), load(cell, 0, lanes))
 
-                always = count is not None and count % rows == 0 and CHUNK_ROWS % rows == 0
+                always = count is not None and count % rows == 0 and tile.chunk % rows == 0
                 when(True if always else row + r < last, finish)
 
-    by_rows(p.rows, min(12, isa.registers // vectors), sweep)
+    # The last panel may be narrower than the others.
+    by_rows(p.rows, tile.rows if vectors == tile.vectors else rows_for(isa, vectors), sweep, tile.chunk)

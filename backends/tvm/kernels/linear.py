@@ -17,9 +17,17 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
 )
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS, Product, multiply, prepare_rows, row_stride
+from t3c_compile.backends.tvm.kernels.gemm import (
+    SPARE_ROWS,
+    Product,
+    default_tile,
+    multiply,
+    prepare_rows,
+    row_stride,
+)
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
+from t3c_compile.backends.tvm.kernels.tile import Tiles, tile_of
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,12 @@ class LinearSpec:
 
 
 @cache
-def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
+def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(int8 x [..., n], numbers, packed int8 weight, float32 scale [m], float32 bias [m] if any, ``finish``).
 
     ``numbers``: float32 x_scale, x_zero_point.
     """
-    with prim_func("int8_linear") as function:
+    with prim_func("int8_linear", tiles) as function:
         x, numbers, weight, scale, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((2,), "float32"),
@@ -69,17 +77,17 @@ def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
 
         activations = prepare_rows(isa, x, rows, s.inputs)
         shape = Product(rows, s.outputs, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, shape, activations, weight, epilogue)
+        multiply(isa, shape, tile_of(tiles, 0, default_tile(isa)), activations, weight, epilogue)
     return function.func
 
 
 @cache
-def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
+def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(int8 x [..., n], numbers, packed v, packed u, mid_scale [R], out_gain and bias [m] if any, ``finish``).
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale.
     """
-    with prim_func("svd_linear") as function:
+    with prim_func("svd_linear", tiles) as function:
         x, numbers, v, u, mid_scale, gain, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((3,), "float32"),
@@ -112,7 +120,7 @@ def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
             writer.put(row * s.outputs + column, value, lanes, valid)
 
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, first, activations, v, keep)
+        multiply(isa, first, tile_of(tiles, 0, default_tile(isa)), activations, v, keep)
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
-        multiply(isa, second, middle, u, epilogue)
+        multiply(isa, second, tile_of(tiles, 1, default_tile(isa)), middle, u, epilogue)
     return function.func

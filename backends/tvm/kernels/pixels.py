@@ -23,6 +23,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
 from t3c_compile.backends.tvm.kernels.epilogues import Epilogue, Task
 from t3c_compile.backends.tvm.kernels.gemm import spread_word, weight_sums
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+from t3c_compile.backends.tvm.kernels.tile import Tile
 from t3c_compile.backends.tvm.kernels.window import Window
 
 _CHUNK_PIXELS = 512  # pixels a task: enough to pay back the weight sums, few enough for the first-level cache
@@ -39,11 +40,26 @@ class Planes:
     groups: int = 1
 
 
-def chunk_pixels(w: Window) -> int:
-    """Pixels a task takes: whole rows where columns are dropped."""
+def chunk_pixels(w: Window, chunk: int) -> int:
+    """Pixels a task takes, ``chunk`` or a little more: whole rows where columns are dropped."""
     if w.flat:
-        return min(_CHUNK_PIXELS, w.pixels)
-    return min(w.out[0], ceil_div(_CHUNK_PIXELS, w.plane[1])) * w.plane[1]
+        return min(chunk, w.pixels)
+    return min(w.out[0], ceil_div(chunk, w.plane[1])) * w.plane[1]
+
+
+def default_tile(isa: Isa, w: Window) -> Tile:
+    """The tile of a dense product that was not tuned."""
+    rows = 8 if isa.registers >= 16 else 4
+    most, widest = chunk_pixels(w, _CHUNK_PIXELS), isa.registers // rows
+    vectors = min(
+        (v for v in range(widest, max(0, widest - 2), -1)), key=lambda v: ceil_div(ceil_div(most, isa.lanes), v) * v
+    )
+    return Tile(rows, vectors, _CHUNK_PIXELS)
+
+
+def default_depthwise_tile() -> Tile:
+    """The tile of a depthwise product that was not tuned; its rows are always one word of channels."""
+    return Tile(QUAD, 2, _CHUNK_PIXELS)
 
 
 @contextmanager
@@ -70,6 +86,7 @@ def convolve(
     outputs: int,
     bits: int,
     epilogue: Epilogue,
+    tile: Tile,
     as_it_lies: bool = False,
 ) -> None:
     """Dense or grouped product of ``x`` with packed ``weights`` (``stored_quads`` input words), ``outputs`` a group.
@@ -78,12 +95,7 @@ def convolve(
     """
     kernel = (1, 1) if as_it_lies else w.kernel
     lanes = isa.lanes
-    rows = 8 if isa.registers >= 16 else 4
-    most = chunk_pixels(w)
-    widest = isa.registers // rows
-    vectors = min(
-        (v for v in range(widest, max(0, widest - 2), -1)), key=lambda v: ceil_div(ceil_div(most, lanes), v) * v
-    )
+    rows, vectors, most = tile.rows, tile.vectors, chunk_pixels(w, tile.chunk)
     blocks, pixel_chunks = ceil_div(outputs, rows), ceil_div(w.pixels, most)
     taps = kernel[0] * kernel[1]
     block_bytes, tap_bytes = taps * stored_quads * BLOCK * QUAD, stored_quads * BLOCK * QUAD
@@ -131,10 +143,12 @@ def convolve(
         epilogue.end(task)
 
 
-def depthwise(isa: Isa, w: Window, x: Planes, weights: Buffer, channels: int, bits: int, epilogue: Epilogue) -> None:
+def depthwise(
+    isa: Isa, w: Window, x: Planes, weights: Buffer, channels: int, bits: int, epilogue: Epilogue, tile: Tile
+) -> None:
     """Each of ``channels`` alone with its window; raw int8 ``weights`` [channels, kh, kw]."""
-    lanes, vectors = isa.lanes, 2
-    most, taps = chunk_pixels(w), w.kernel[0] * w.kernel[1]
+    lanes, vectors = isa.lanes, tile.vectors
+    most, taps = chunk_pixels(w, tile.chunk), w.kernel[0] * w.kernel[1]
     pixel_chunks = ceil_div(w.pixels, most)
     step = 1 << (8 - bits)
 
