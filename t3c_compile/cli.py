@@ -189,9 +189,10 @@ def _lower(arguments: argparse.Namespace) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from t3c_compile.tuning import tune
+    from t3c_compile.tuning import open_records, tune
 
     target = get_target(arguments.target) if arguments.target else host_target()
+    open_records(_writable(arguments.records), target, arguments.rpc)  # what is wrong shows before the long work
     checkpoint, profiles = _snap(arguments, [target])
     rows = tune(
         checkpoint.model,

@@ -15,6 +15,7 @@ from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import refusal
 
 if TYPE_CHECKING:
+    from t3c_compile.backends.tvm.tuning.records import RecordsFile
     from t3c_compile.backends.tvm.tuning.search import Standing
 
 _TIMES = ("default_seconds", "seconds")
@@ -22,6 +23,24 @@ _TIMES = ("default_seconds", "seconds")
 
 class TuningError(T3CError):
     """Tuning cannot begin; the message says what to do."""
+
+
+def open_records(path: str | os.PathLike[str], target: Target, device: str | None = None) -> "RecordsFile":
+    """The file of records of what ``target`` measures, here or on ``device``; made where there is none.
+
+    Raises:
+        TuningError: the target does not run on this machine, and no device is named.
+        RecordsError: the file is of another kind or CPU, or damaged.
+    """
+    reason = refusal({"machine": machine(target), "features": cpu_features(target)})
+    if device is None and reason is not None:
+        raise TuningError(
+            f"target {target.name} cannot be measured on this machine: {reason}. Name a device that runs it "
+            "(--rpc HOST:PORT), or lower with the shipped records"
+        )
+    from t3c_compile.backends.tvm.tuning.records import RecordsFile, cpu_of
+
+    return RecordsFile(Path(path), cpu_of(target, remote=device is not None))
 
 
 def tune(
@@ -53,26 +72,19 @@ def tune(
         whether these are the default's, shipped ones or tuned now.
 
     Raises:
-        TuningError: the target does not run on this machine, and no device is named.
-        RecordsError: the file is of another kind or CPU, or damaged.
+        TuningError, RecordsError: as for :func:`open_records`.
         DeviceError: the process that measures cannot be started.
         UnknownTargetError, UnsupportedOpError: as for ``lower``.
     """
     wanted = get_target(target) if isinstance(target, str) else target
-    reason = refusal({"machine": machine(wanted), "features": cpu_features(wanted)})
-    if device is None and reason is not None:
-        raise TuningError(
-            f"target {wanted.name} cannot be measured on this machine: {reason}. Name a device that runs it "
-            "(--rpc HOST:PORT), or lower with the shipped records"
-        )
+    file = open_records(records, wanted, device)
     from t3c_compile.backends.tvm.kernels.isa import isa_for
     from t3c_compile.backends.tvm.tuning.collect import measured_sizes, workloads_of
-    from t3c_compile.backends.tvm.tuning.records import RecordsFile, Tuned, cpu_of
+    from t3c_compile.backends.tvm.tuning.records import Tuned
     from t3c_compile.backends.tvm.tuning.runner import Runner
     from t3c_compile.backends.tvm.tuning.search import Search
 
     threads = threads or int(str(wanted.tvm["num-cores"]))
-    file = RecordsFile(Path(records), cpu_of(wanted, remote=device is not None))
     programs, store = export_profiles(model, profiles, example_inputs)
     workloads = workloads_of(programs, isa_for(wanted))
     sizes = measured_sizes(programs)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
@@ -34,11 +34,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """A call, what it must give, and the kernel's source for an instruction set."""
+    """A call, what it must give, and the kernel's source for an instruction set; the spec of those that are tuned."""
 
     call: Call
     expected: Array
     kernel: Callable[..., object] = field(repr=False)
+    spec: Any = None
 
 
 def run_calls(library: Path, calls: Sequence[Call]) -> list[Array]:
@@ -160,10 +161,12 @@ class _Maker:
         self.rng = rng
         self.cases: list[Case] = []
 
-    def add(self, args: Sequence[Array], expected: object, kernel: Callable[..., object], name: str) -> None:
+    def add(
+        self, args: Sequence[Array], expected: object, kernel: Callable[..., object], name: str, spec: object = None
+    ) -> None:
         answer = expected.numpy()  # type: ignore[attr-defined]
         call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype))
-        self.cases.append(Case(call, answer, kernel))
+        self.cases.append(Case(call, answer, kernel, spec))
 
     def expression(self, function: Callable[..., object], args: Sequence[Array], expected: object, name: str) -> None:
         """Add a kernel of one tensor expression, scheduled as the build schedules it."""
@@ -223,7 +226,7 @@ class _Maker:
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, bias=bias is not None)
         args = [x, _numbers(0.02, zero_point), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
-        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
+        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec)
 
     def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int) -> None:
         from t3c_compile.backends.tvm.kernels import floats, pack
@@ -250,7 +253,7 @@ class _Maker:
         ]
         expected = _op("svd_linear", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, rank, bits)
         args = _present([x, _numbers(0.02 / 0.3, zero_point, 0.3), *packed, mid, gain, bias])
-        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear")
+        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear", spec)
 
     def int8_conv2d(
         self, n: int, c: int, h: int, w: int, o: int, k: int, s: int, p: int, d: int, g: int, bits: int, zero_point: int
@@ -265,7 +268,7 @@ class _Maker:
         packed = weight if spec.is_depthwise else pack_numpy(pack.quads_of_conv(weight.shape, g), weight)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
         args = _present([x, _numbers(0.02, zero_point), packed, scale, bias])
-        self.add(args, expected, lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d")
+        self.add(args, expected, lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", spec)
 
     def chain(
         self,
@@ -316,7 +319,7 @@ class _Maker:
             packed = pack_numpy(pack.quads_of_conv(core.shape), core) if form == "tucker2" else core
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
             args = [x, at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
-        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
+        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", spec)
 
 
 def _numbers(*values: float) -> Array:

@@ -95,7 +95,8 @@ class Runner:
         assert self._process.stdout is not None
         if not _line(self._process.stdout, _START_SECONDS):
             self._stop()
-            raise DeviceError(f"the measuring process did not start: {errors.read_text(errors='replace').strip()}")
+            said = errors.read_text(errors="replace").strip()
+            raise DeviceError(f"the measuring process did not start: {said.splitlines()[-1] if said else 'no answer'}")
         return self._process
 
     def _stop(self) -> None:
