@@ -17,6 +17,7 @@ import torch
 import tvm
 from kernel_cases import build_cases, compile_module, run_calls
 from nets import Mlp
+from tvm import rpc
 from tvm.runtime import vm as runtime
 from tvm.tirx.script.builder import ir as T
 
@@ -27,8 +28,18 @@ from t3c_compile.backends.tvm.kernels.emit import prim_func, store
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec
 from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles
-from t3c_compile.backends.tvm.tuning.records import Record, RecordsError, RecordsFile, Tuned, best, read, write_best
-from t3c_compile.backends.tvm.tuning.runner import Runner
+from t3c_compile.backends.tvm.tuning.peak import peak, peak_arguments
+from t3c_compile.backends.tvm.tuning.records import (
+    SHIPPED,
+    Record,
+    RecordsError,
+    RecordsFile,
+    Tuned,
+    best,
+    read,
+    write_best,
+)
+from t3c_compile.backends.tvm.tuning.runner import DeviceError, Runner
 from t3c_compile.backends.tvm.tuning.search import Search
 from t3c_compile.backends.tvm.tuning.workload import Workload
 from t3c_compile.cli import main
@@ -180,7 +191,7 @@ def test_files_that_are_no_records_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_every_shipped_record_fits() -> None:
-    for path in Path(sys.modules[Tuned.__module__].__file__ or "").with_name("records").glob("*.jsonl"):
+    for path in SHIPPED.glob("*.jsonl"):
         records, cpu = read(path)
         assert cpu == path.stem
         assert all(len(group) == 1 and group[0].ratio <= 1 for group in records.values())
@@ -280,6 +291,19 @@ def test_a_crash_or_a_hang_ends_the_measuring_process_alone(tmp_path: Path, monk
             found = runner.measure(library, ["fine"], arguments, 2)
             assert found is not None
             assert found.shape == (2, 1)
+
+
+def test_measuring_on_an_rpc_server() -> None:
+    server = rpc.Server(host="127.0.0.1", key="device", silent=True)
+    try:
+        with Runner(TARGET, 1, f"127.0.0.1:{server.port}", "device") as runner:
+            found = runner.measure(runner.compile({"peak": peak(ISA)}), ["peak"], peak_arguments(ISA), 3)
+            assert found is not None
+            assert found.shape == (3, 1)
+    finally:
+        server.terminate()
+    with Runner(TARGET, 1, f"127.0.0.1:{server.port}", "device") as runner, pytest.raises(DeviceError, match="start"):
+        runner.measure(Path("never.so"), [], [], 1)
 
 
 def net() -> torch.nn.Module:

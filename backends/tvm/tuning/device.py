@@ -14,7 +14,7 @@ import numpy as np
 import tvm
 from tvm import rpc
 
-_SAMPLE = 1e-3  # seconds a sample takes at the least: few enough to fall between the time slices of other programs
+_SAMPLE = 1e-3  # seconds a sample takes: few enough to fall between the time slices of other programs
 
 
 def _session(device: str | None, key: str) -> Any:

@@ -22,7 +22,7 @@ from t3c_compile.backends.tvm.tuning.workload import Workload
 from t3c_compile.passes.errors import T3CError
 
 _SCHEMA = "t3c-compile tuning records, version 1"
-_SHIPPED = Path(__file__).with_name("records")
+SHIPPED = Path(__file__).with_name("records")
 # Tiles that take more of the default's time than this are no gain: another run could find the opposite.
 KEPT_BELOW = 0.97
 
@@ -132,7 +132,7 @@ def cpu_of(target: Target, remote: bool = False) -> str:
 @cache
 def _shipped(cpu: str) -> list[dict[tuple[str, int], list[Record]]]:
     """Shipped records, those of ``cpu`` first."""
-    paths = sorted(_SHIPPED.glob("*.jsonl"), key=lambda path: (path.stem != cpu, path.stem))
+    paths = sorted(SHIPPED.glob("*.jsonl"), key=lambda path: (path.stem != cpu, path.stem))
     return [read(path)[0] for path in paths]
 
 

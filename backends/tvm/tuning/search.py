@@ -16,8 +16,8 @@ from t3c_compile.backends.tvm.tuning.workload import Sizes, Workload
 
 _BATCH = 6  # candidates a library: compiling one costs as much as linking
 _ROUNDS, _ROUNDS_OF_WINNERS = 15, 45
-# Other programs only ever add time, and the rounds they leave alone compare well: a median moves with how busy a machine
-# is, and let candidates win that another run found slower.
+# Other programs only add time, and the rounds they leave alone compare well; on a busy machine medians let candidates
+# win that another run found slower.
 _QUANTILE = 0.2
 
 
