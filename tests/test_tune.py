@@ -22,6 +22,7 @@ from tvm.runtime import vm as runtime
 from tvm.tirx.script.builder import ir as T
 
 import t3c_compile.passes.ops  # noqa: F401  (registers the ops)
+from t3c_compile import cli
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library, link
 from t3c_compile.backends.tvm.kernels.emit import prim_func, store
@@ -330,7 +331,9 @@ _COMMAND = [
 ]
 
 
-def test_tune_goes_on_after_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_goes_on_after_kill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was recorded stays as it is, nothing is measured twice, and lowering reads the file."""
     path = tmp_path / "records.jsonl"
     command = [*_COMMAND, "--records", str(path), "--threads", "1"]
@@ -344,6 +347,8 @@ def test_tune_goes_on_after_kill(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path.write_bytes(before + b'{"key": "avx')
     before = before[: before.rfind(b"\n") + 1]
 
+    snapped = cli._snap(cli._parser().parse_args(command), [TARGET])
+    monkeypatch.setattr(cli, "_snap", lambda *_: snapped)
     assert main(command) == 0
     rows = json.loads(capsys.readouterr().out)
     after = path.read_bytes()
@@ -356,7 +361,8 @@ def test_tune_goes_on_after_kill(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all((row["tiles"] is None) == (row["from"] == "default") for row in rows)
 
     assert main([*command, "--report"]) == 0
-    assert json.loads(capsys.readouterr().out)
+    reported = json.loads(capsys.readouterr().out)
+    assert [row["us"] for row in reported] == [row["us"] for row in rows]
     assert path.read_bytes() == after
 
 
