@@ -255,17 +255,17 @@ class _Maker:
     def int8_conv2d(
         self, n: int, c: int, h: int, w: int, o: int, k: int, s: int, p: int, d: int, g: int, bits: int, zero_point: int
     ) -> None:
-        from t3c_compile.backends.tvm.kernels import conv, pack
+        from t3c_compile.backends.tvm.kernels import conv
         from t3c_compile.backends.tvm.kernels.window import Window
 
         x, weight = self.activations(n, c, h, w), self.weights(o, c // g, k, k)
         scale, bias = self.floats(o, low=0.01), self.floats(o) if bits != 6 else None
         window = Window((h, w), (k, k), (s, s), (p, p), (d, d))
         spec = conv.ConvSpec(n, c, o, window, g, bits, bias is not None)
-        packed = weight if spec.is_depthwise else pack_numpy(pack.quads_of_conv(weight.shape, g), weight)
+        packed = pack_numpy(spec.packing, weight)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
-        args = _present([x, _numbers(0.02, zero_point), packed, scale, bias])
-        self.add(args, expected, lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d")
+        args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
+        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d")
 
     def chain(
         self,
@@ -308,15 +308,21 @@ class _Maker:
         packed_u = pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u)
         if form == "svd":
             expected = _op("svd_conv2d", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, stride, rank, bits)
-            args = [x, _numbers(0.02 / 0.3, zero_point, 1.0, 0.3), packed_v, packed_u, mid, gain, bias]
+            args = [_last(x), _numbers(0.02 / 0.3, zero_point, 1.0, 0.3), packed_v, packed_u, mid, gain, bias]
         else:
             core = self.weights(r_out, r_in, k, k) if form == "tucker2" else self.weights(r_in, k, k)
             numbers = (0.02, zero_point, 0.3, 0.7, stride, [p, p], [1, 1], rank, bits)
             expected = _op(f"{form}_conv2d", x, v, core, u, mid, out_scale, gain, bias, *numbers)
-            packed = pack_numpy(pack.quads_of_conv(core.shape), core) if form == "tucker2" else core
+            packed = pack_numpy(spec.core_packing, core)
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
-            args = [x, at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
+            args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
+        expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
         self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
+
+
+def _last(x: Array) -> Array:
+    """[N, C, H, W] as [N, H, W, C]."""
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
 
 
 def _numbers(*values: float) -> Array:

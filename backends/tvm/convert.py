@@ -71,10 +71,10 @@ def _window(a: Arguments, size: list[Any], kernel: list[int]) -> Window:
 
 
 def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
-    x = lower.value(a["x"])
-    batch, channels, *size = shape_of(x)
-    raw = tuple(shape_of(lower.value(a["weight"])))
-    window = _window(a, size, list(raw[2:]))
+    x = lower.channels_last(a["x"])
+    batch, *size, channels = shape_of(x)
+    raw = shape_of(lower.value(a["weight"]))
+    window = _window(a, size, raw[2:])
     spec = conv.ConvSpec(
         dims([batch])[0],
         channels,
@@ -85,26 +85,20 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
         bias=a["bias"] is not None,
         finish=lower.finish,
     )
-    if spec.is_depthwise:
-        weight = lower.value(a["weight"])
-    else:
-        weight = lower.packed(a["weight"], pack.quads_of_conv(raw, a["groups"]))
+    weight = lower.packed(a["weight"], spec.packing)
     numbers = scalars(a["x_scale"], a["x_zero_point"])
     args = [x, numbers, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
-    return lower.call_fused(conv.int8_conv2d(lower.isa, spec), args, [batch, raw[0], *window.out])
+    return lower.call_fused(conv.int8_conv2d(lower.isa, spec), args, [batch, *window.out, raw[0]], channels_last=True)
 
 
 def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
-    x = lower.value(a["x"])
-    batch, channels, *size = shape_of(x)
+    x = lower.channels_last(a["x"])
+    batch, *size, channels = shape_of(x)
     (r_in, _), (r_out, outputs) = shape_of(lower.value(a["v"])), shape_of(lower.value(a["u"]))
-    core = None
     if form == "svd":
         window = _window({"stride": a["stride"], "padding": (0, 0), "dilation": (1, 1)}, size, [1, 1])
     else:
-        raw = tuple(shape_of(lower.value(a["core"])))
-        window = _window(a, size, list(raw[-2:]))
-        core = lower.value(a["core"]) if form == "cp" else lower.packed(a["core"], pack.quads_of_conv(raw))
+        window = _window(a, size, shape_of(lower.value(a["core"]))[-2:])
     spec = conv.ChainSpec(
         form,
         dims([batch])[0],
@@ -124,14 +118,14 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
         x,
         scalars(a["x_scale"] / h_scale, a["x_zero_point"], h_scale / last, last),
         lower.packed(a["v"], pack.quads_of_matrix((r_in, channels))),
-        core,
+        None if spec.core_packing is None else lower.packed(a["core"], spec.core_packing),
         lower.packed(a["u"], pack.quads_of_matrix((r_out, outputs), transposed=True)),
         lower.value(a["mid_scale"]),
         lower.optional(a.get("core_scale")),
         lower.optional(a["out_gain"]),
         lower.optional(a["bias"]),
     ]
-    return lower.call_fused(conv.conv_chain(lower.isa, spec), args, [batch, outputs, *window.out])
+    return lower.call_fused(conv.conv_chain(lower.isa, spec), args, [batch, *window.out, outputs], channels_last=True)
 
 
 def _float_linear(

@@ -57,6 +57,8 @@ class Lowering:
         self._fused: Any = None
         # What kernels have made of the quantize nodes after them.
         self._forms: dict[fx.Node, relax.Var] = {}
+        # Images that lie as [batch, height, width, channels], by node.
+        self._channels_last: dict[fx.Node, relax.Var] = {}
 
     def run(self, converters: Mapping[str, "Converter"]) -> tvm.IRModule:
         """Import as ``main(*inputs, *stored)``; the packed tensors in :attr:`tensors` are free in its body."""
@@ -87,6 +89,17 @@ class Lowering:
         """What ``node`` has become."""
         return self._importer.env[node]
 
+    def channels_last(self, node: fx.Node) -> relax.Var:
+        """The images that ``node`` has become, as [batch, height, width, channels]."""
+        if node not in self._channels_last:
+            self._channels_last[node] = self.emit(relax.op.permute_dims(self.value(node), [0, 2, 3, 1]))
+        return self._channels_last[node]
+
+    def _channels_first(self, node: fx.Node, images: relax.Var) -> relax.Var:
+        """Keep ``images``, which are channels-last, as ``node``'s; what reads them otherwise has them moved."""
+        self._channels_last[node] = images
+        return self.emit(relax.op.permute_dims(images, [0, 3, 1, 2]))
+
     def packed(self, node: fx.Node, packing: Packing) -> relax.Var:
         """The parameter ``node``, packed at load."""
         key = (self.names[node.name], packing)
@@ -112,20 +125,27 @@ class Lowering:
         return finish
 
     def call_fused(
-        self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any]
+        self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], channels_last: bool = False
     ) -> relax.Var | None:
-        """Emit a call of ``kernel``, which ends as :attr:`finish`; its float32 result, None where it has none."""
+        """Emit a call of ``kernel``, which ends as :attr:`finish`; its float32 result, None where it has none.
+
+        ``channels_last``: ``shape`` and all that the kernel adds and writes are so.
+        """
         fused: Fused = self._fused
         forms = [number for scale, zero_point in fused.forms for number in (1 / scale, zero_point)]
-        args = [*args, *map(self.value, fused.added), scalars(*forms) if forms else None]
+        added = map(self.channels_last if channels_last else self.value, fused.added)
+        args = [*args, *added, scalars(*forms) if forms else None]
         types = [relax.TensorType(shape, "float32")] * fused.floats + [relax.TensorType(shape, "int8")] * len(
             fused.forms
         )
         called = self._call(kernel, args, types if len(types) > 1 else types[0])
         results = [called] if len(types) == 1 else [self.emit(called[i]) for i in range(len(types))]
         for nodes, result in zip(fused.forms.values(), results[fused.floats :], strict=True):
-            self._forms |= dict.fromkeys(nodes, result)
-        return results[0] if fused.floats else None
+            for node in nodes:
+                self._forms[node] = self._channels_first(node, result) if channels_last else result
+        if not fused.floats:
+            return None
+        return self._channels_first(fused.last, results[0]) if channels_last else results[0]
 
     def emit(self, expression: relax.Expr) -> relax.Var:
         return self._importer.block_builder.emit(expression)
