@@ -14,7 +14,7 @@ from tvm import relax, te
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, attention_f32
-from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, quantize, vmath
+from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, pool, quantize, vmath
 from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
@@ -126,6 +126,18 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
         lower.optional(a["bias"]),
     ]
     return lower.call_fused(conv.conv_chain(lower.isa, spec), args, [batch, *window.out, outputs], channels_last=True)
+
+
+def _max_pool2d(lower: Lowering, a: Arguments) -> relax.Var | None:
+    if not lower.is_fused:
+        return lower.default()
+    x = lower.channels_last(a["self"])
+    batch, *size, channels = shape_of(x)
+    kernel, stride, padding = ([v[0], v[-1]] for v in (a["kernel_size"], a["stride"] or a["kernel_size"], a["padding"]))
+    window = _window({"stride": stride, "padding": padding, "dilation": (1, 1)}, size, kernel)
+    rows, columns = lower.node.meta["val"].shape[2:]
+    pooled = pool.max_pool2d(lower.isa, dims([batch])[0], channels, window, (rows, columns), lower.finish)
+    return lower.call_fused(pooled, [x], [batch, rows, columns, channels], channels_last=True)
 
 
 def _float_linear(
@@ -278,6 +290,7 @@ CONVERTERS: dict[str, Converter] = {
     "svd_conv2d.default": partial(_conv_chain, "svd"),
     "tucker2_conv2d.default": partial(_conv_chain, "tucker2"),
     "cp_conv2d.default": partial(_conv_chain, "cp"),
+    "max_pool2d.default": _max_pool2d,
     "linear.default": _linear,
     "conv_transpose3d.input": _conv_transpose3d,
     "slice.Tensor": _slice,

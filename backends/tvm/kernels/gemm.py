@@ -113,9 +113,7 @@ def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
 def scratch_rows(isa: Isa, rows: Index, inputs: int) -> Rows:
     """Scratch for ``rows`` of ``inputs`` activations, ``row_stride(inputs)`` elements each."""
     stride = row_stride(inputs)
-    return Rows(
-        T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype), lambda row: row * stride
-    )
+    return Rows(T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype), lambda row: row * stride)
 
 
 def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:

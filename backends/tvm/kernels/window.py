@@ -160,4 +160,3 @@ class Images:
         isa = self._isa
         value = T.cast(int32(self._zero) + T.int32(isa.offset), isa.activation_dtype)
         chunks(count, isa.lanes * QUAD, lambda i, n: store(self.buffer, start + i, fill(value, n), n))
-
