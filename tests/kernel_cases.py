@@ -7,7 +7,7 @@ compile with :func:`compile_cases`, ship the library and the arrays.
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,6 +114,7 @@ def build_cases() -> list[Case]:
             (2, 12, 9, 7, 20, 3, 1, 1, (16, 12), 8, 8, 3),
             (1, 13, 9, 8, 21, 3, 2, 1, (9, 13), 7, 4, -128),
             (1, 5, 24, 31, 6, 5, 1, 2, (8, 8), 8, 6, 127),
+            (2, 3, 11, 19, 9, 3, 1, 1, (3, 7), 3, 8, -128),
         ]:
             make.chain(form, *case)
     return make.cases
@@ -182,6 +183,14 @@ class _Maker:
         x.reshape(-1)[: 1 + x.size // 8] = -128
         x.reshape(-1)[-(1 + x.size // 8) :] = 127
         return x
+
+    def planes(self, q: Array, zero_point: int) -> tuple[Array, Array]:
+        """float32 values that are ``q`` when quantized, off the middle of a step, and the numbers of that."""
+        at = q.astype("float32") + self.floats(*q.shape, low=-0.45, high=0.45)
+        # Past the ends of int8 too.
+        at[q == 127] += 1e4
+        at[q == -128] -= 1e4
+        return (at - np.float32(zero_point)) * np.float32(0.5), _numbers(2.0, zero_point)
 
     def weights(self, *shape: int) -> Array:
         w = self.rng.integers(-119, 120, shape).astype("int8")
@@ -266,6 +275,11 @@ class _Maker:
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
         args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
         self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d")
+        if c <= conv.MOST_PLANES:
+            of_planes = replace(spec, planes=True)
+            args = _present([*self.planes(x, zero_point), packed, scale, bias])
+            args[1] = np.concatenate([_numbers(0.02, zero_point), args[1]])
+            self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, of_planes), "int8_conv2d")
 
     def chain(
         self,
@@ -318,6 +332,11 @@ class _Maker:
             args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
         self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
+        if c <= conv.MOST_PLANES and (form != "svd" or s == 1):
+            of_planes = replace(spec, planes=True)
+            args[0], numbers = self.planes(x, zero_point)
+            args[1] = np.concatenate([args[1], numbers])
+            self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, of_planes), f"{form}_conv2d")
 
 
 def _last(x: Array) -> Array:

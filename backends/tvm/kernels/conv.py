@@ -12,18 +12,24 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.depthwise import depthwise
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, prim_func, product
+from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, Shape, prim_func, product
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows
-from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, quads_of_conv, quads_of_matrix
 from t3c_compile.backends.tvm.kernels.window import Images, Window
+
+# Channels up to which a kernel reads float32 planes itself: a pixel is one word.
+MOST_PLANES = QUAD
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """``int8_conv2d``: batch size (or the name of a symbolic one), channels and geometry."""
+    """``int8_conv2d``: batch size (or the name of a symbolic one), channels and geometry.
+
+    ``planes``: x is what the int8 images are made of, float32 [N, C, H, W]; see :data:`MOST_PLANES`.
+    """
 
     batch: int | str
     channels: int
@@ -33,6 +39,7 @@ class ConvSpec:
     bits: int
     bias: bool
     finish: Finish = PLAIN
+    planes: bool = False
 
     @property
     def is_depthwise(self) -> bool:
@@ -49,7 +56,7 @@ class ConvSpec:
 class ChainSpec:
     """A factorized convolution; ``form`` is svd, tucker2 or cp.
 
-    ``ranks``: the greatest (input, output) ranks, equal for svd and cp.
+    ``ranks``: the greatest (input, output) ranks, equal for svd and cp. ``planes`` as for :class:`ConvSpec`.
     """
 
     form: str
@@ -63,6 +70,7 @@ class ChainSpec:
     gain: bool
     bias: bool
     finish: Finish = PLAIN
+    planes: bool = False
 
     @property
     def core_packing(self) -> Packing | None:
@@ -74,18 +82,37 @@ class ChainSpec:
         return quads_of_conv((self.ranks[1], self.ranks[0], *self.window.kernel))
 
 
+def _input(s: ConvSpec | ChainSpec) -> tuple[Shape, str]:
+    if s.planes:
+        return (s.batch, s.channels, *s.window.size), "float32"
+    return (s.batch, *s.window.size, s.channels), "int8"
+
+
+def _read(
+    isa: Isa, s: ConvSpec | ChainSpec, seen: Window, batch: Index, x: Buffer, numbers: Buffer, at: int, zero: Expr
+) -> Images:
+    """The images of the batch as the window ``seen`` reads them; ``numbers`` from ``at`` on are for planes."""
+    images = Images(isa, seen, batch, s.channels, zero, written=False)
+    if s.planes:
+        images.quantize(x, T.bind(numbers[at]), T.bind(numbers[at + 1]))
+    else:
+        images.read(x)
+    return images
+
+
 @cache
 def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
     """(int8 x [N, H, W, C], numbers, packed weight, float32 scale [O], float32 bias [O] if any, ``finish`` of
     [N, H', W', O]).
 
-    ``numbers``: float32 x_scale, x_zero_point (an argument, so that layers and profiles of one shape share a kernel).
+    ``numbers`` (an argument, so that layers and profiles of one shape share a kernel): float32 x_scale, x_zero_point;
+    of planes also 1 / scale and zero point of their quantization.
     """
     w = s.window
     with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d") as function:
         x, numbers, weight, scale, bias, *ends = function.args(
-            x=((s.batch, *w.size, s.channels), "int8"),
-            numbers=((2,), "float32"),
+            x=_input(s),
+            numbers=((4 if s.planes else 2,), "float32"),
             weight=(s.packing.shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
@@ -96,8 +123,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
         batch = function.size((s.batch,))
         rows = product((batch, w.pixels))
         end = dense(isa, writer, s.outputs, x_scale, scale, bias)
-        images = Images(isa, w, batch, s.channels, zero_point, written=False)
-        images.read(x)
+        images = _read(isa, s, w, batch, x, numbers, 2, zero_point)
         if s.is_depthwise:
             depthwise(isa, rows, s.channels, images.rows(), weight, zero_point, s.bits, end)
         else:
@@ -111,7 +137,8 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
 def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, ``finish``).
 
-    ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle.
+    ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle; of planes
+    also 1 / scale and zero point of their quantization.
     ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), the core as the spec says.
     """
     w = s.window
@@ -119,8 +146,8 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
     with prim_func(f"{s.form}_conv") as function:
         x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
-            x=((s.batch, *w.size, s.channels), "int8"),
-            numbers=((4,), "float32"),
+            x=_input(s),
+            numbers=((6 if s.planes else 4,), "float32"),
             v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
             core=None if core_packing is None else (core_packing.shape, "int8"),
             u=(quads_of_matrix((r_out, s.outputs), transposed=True).shape, "int8"),
@@ -136,8 +163,7 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
         batch = function.size((s.batch,))
         # An SVD's stride is taken as the image is read; the other forms begin with every pixel.
         seen = w if core is None else Window(w.size, (1, 1), (1, 1), (0, 0), (1, 1))
-        images = Images(isa, seen, batch, s.channels, zero_point, written=False)
-        images.read(x)
+        images = _read(isa, s, seen, batch, x, numbers, 4, zero_point)
         first = Product(product((batch, seen.pixels)), k_in, s.channels, s.channels, zero_point, s.bits)
         if core is None:
             last = scratch_rows(isa, first.rows, k_in)

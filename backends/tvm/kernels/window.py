@@ -5,6 +5,7 @@ An image is ``[batch][rows][columns][channels]``, its padding written out, in th
 
 from dataclasses import dataclass
 
+from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import (
@@ -18,7 +19,9 @@ from t3c_compile.backends.tvm.kernels.emit import (
     load,
     product,
     store,
+    vec,
 )
+from t3c_compile.backends.tvm.kernels.finish import quantized_int32
 from t3c_compile.backends.tvm.kernels.gemm import Rows, activation, row_stride
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
@@ -129,6 +132,36 @@ class Images:
             else:
                 with T.serial(0, inside[1]) as i:
                     self._copy(x, source + i * (step[1] * channels), target + i * self._stride, channels)
+
+        self.pad()
+
+    def quantize(self, x: Buffer, inverse: Expr, zero_point: Expr) -> None:
+        """Quantize float32 ``x`` [batch, channels, H, W] of at most four channels in, and write the padding.
+
+        ``inverse`` (1 / scale) and ``zero_point`` are float32 scalars.
+        """
+        isa, w, (rows, columns), channels = self._isa, self._window, self._size, self._channels
+        assert self._stride == QUAD
+        assert not self._picked or w.stride == (1, 1)
+        (height, width), (top, left) = w.size, w.padding
+
+        @for_each(self._batch * height, 16 * product((self._batch, height, width, channels)))
+        def _(task: Index) -> None:
+            image, y = T.bind(task // height), T.bind(task % height)
+            source = T.bind((image * (channels * height) + y) * width)
+            target = T.bind(((image * rows + y + top) * columns + left) * QUAD)
+
+            def pixels(i: Index, n: int) -> None:
+                word = fill(T.int32(isa.flip), n)
+                for channel in range(channels):
+                    value = load(x, source + channel * (height * width) + i, n)
+                    byte = quantized_int32(value, inverse, zero_point, n) & fill(T.int32(0xFF), n)
+                    word = word ^ (byte << fill(T.int32(8 * channel), n))
+                store(
+                    self.buffer, target + i * QUAD, T.reinterpret(vec(isa.activation_dtype, n * QUAD), word), n * QUAD
+                )
+
+            chunks(width, isa.lanes, pixels)
 
         self.pad()
 
