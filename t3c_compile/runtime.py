@@ -97,12 +97,14 @@ class Session:
         missing = [name for name in entry["parameters"] if name not in store]
         if missing:
             raise ArtifactError(f"{folder / STORE} lacks tensors: {', '.join(missing)}")
-        tvm, vm = _import_runtime()
+        tvm, vm, ffi = _import_runtime()
         self._tensor = tvm.tensor
+        self._release_memory = ffi.get_global_func("vm.builtin.memory_manager.clear")
+        self._memory: tuple[int, tuple[tuple[int, ...], ...]] | None = None
         try:
             library = tvm.load_module(str(folder / entry["library"]))
-            # The naive allocator gives memory back after each call: profiles of different sizes leave nothing behind.
-            self._vm = vm.VirtualMachine(library, tvm.cpu(), memory_cfg="naive")
+            # Memory is kept between calls: fresh pages would cost a fifth of a call.
+            self._vm = vm.VirtualMachine(library, tvm.cpu(), memory_cfg="pooled")
             self._functions = [self._vm[name] for name in entry["functions"]]
             # Packed once, for all profiles; the mapped store is let go.
             self._weights = self._vm[entry["pack"]](*[tvm.tensor(store[name]) for name in entry["parameters"]])
@@ -147,6 +149,11 @@ class Session:
         profile = self._active if budget is None else self.set_budget(budget)
         arrays = self._checked(inputs)
         with self._lock:
+            memory = profile.index, tuple(array.shape for array in arrays)
+            if memory != self._memory:
+                # What calls of another profile or other sizes have left is of no use to this one.
+                self._release_memory()
+                self._memory = memory
             tensors = [self._tensor(array) for array in arrays]
             return _to_numpy(self._functions[profile.index](*tensors, self._weights))
 
@@ -231,8 +238,8 @@ def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
     )
 
 
-def _import_runtime() -> tuple[Any, Any]:
-    """TVM's runtime. In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM;
+def _import_runtime() -> tuple[Any, Any, Any]:
+    """TVM's runtime, its virtual machine and FFI. In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM;
     elsewhere the runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing."""
     lean = "torch" not in sys.modules and "tvm" not in sys.modules
     if lean:
@@ -241,10 +248,11 @@ def _import_runtime() -> tuple[Any, Any]:
     try:
         import tvm.runtime
         import tvm.runtime.vm
+        import tvm_ffi
     finally:
         if lean:
             del sys.modules["torch"]
-    return tvm.runtime, tvm.runtime.vm
+    return tvm.runtime, tvm.runtime.vm, tvm_ffi
 
 
 def _to_numpy(value: Any) -> Any:

@@ -118,13 +118,14 @@ class _Maker:
         self.add("softmax", partial(rows.softmax, lead=shape[:-1], count=count), [x], ops.softmax_f32(x))
 
     def max_pool2d(self, height: int, width: int, kernel: int, stride: int, padding: int, ceil: bool) -> None:
-        x = torch.randn(2, 3, height, width) - 5
+        x = torch.randn(2, 19, height, width) - 5
         x[0, 0, 0], x[1, 2, :, -1] = -INFINITY, INFINITY
         expected = torch.nn.functional.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
         window = Window((height, width), (kernel, kernel), (stride, stride), (padding, padding), (1, 1))
         out = tuple(expected.shape[2:])
-        for lead in ((2, 3), ("n", 3)):
-            self.add("max_pool2d", partial(pool.max_pool2d, lead=lead, window=window, out=out), [x], expected)
+        for batch in (2, "n"):
+            kernel = partial(pool.max_pool2d, batch=batch, channels=x.shape[1], window=window, out=out)
+            self.add("max_pool2d", kernel, [x.permute(0, 2, 3, 1).contiguous()], expected.permute(0, 2, 3, 1))
 
     def mean(self, outer: tuple[int, ...], reduced: tuple[int, ...], inner: tuple[int, ...], symbolic: bool) -> None:
         x = torch.randn(*outer, *reduced, *inner) * 100

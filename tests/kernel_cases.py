@@ -7,7 +7,7 @@ compile with :func:`compile_cases`, ship the library and the arrays.
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,7 @@ def build_cases() -> list[Case]:
             (2, 12, 9, 7, 20, 3, 1, 1, (16, 12), 8, 8, 3),
             (1, 13, 9, 8, 21, 3, 2, 1, (9, 13), 7, 4, -128),
             (1, 5, 24, 31, 6, 5, 1, 2, (8, 8), 8, 6, 127),
+            (2, 3, 11, 19, 9, 3, 1, 1, (3, 7), 3, 8, -128),
         ]:
             make.chain(form, *case)
     return make.cases
@@ -185,6 +186,14 @@ class _Maker:
         x.reshape(-1)[: 1 + x.size // 8] = -128
         x.reshape(-1)[-(1 + x.size // 8) :] = 127
         return x
+
+    def planes(self, q: Array, zero_point: int) -> tuple[Array, Array]:
+        """float32 values that are ``q`` when quantized, off the middle of a step, and the numbers of that."""
+        at = q.astype("float32") + self.floats(*q.shape, low=-0.45, high=0.45)
+        # Past the ends of int8 too.
+        at[q == 127] += 1e4
+        at[q == -128] -= 1e4
+        return (at - np.float32(zero_point)) * np.float32(0.5), _numbers(2.0, zero_point)
 
     def weights(self, *shape: int) -> Array:
         w = self.rng.integers(-119, 120, shape).astype("int8")
@@ -258,17 +267,22 @@ class _Maker:
     def int8_conv2d(
         self, n: int, c: int, h: int, w: int, o: int, k: int, s: int, p: int, d: int, g: int, bits: int, zero_point: int
     ) -> None:
-        from t3c_compile.backends.tvm.kernels import conv, pack
+        from t3c_compile.backends.tvm.kernels import conv
         from t3c_compile.backends.tvm.kernels.window import Window
 
         x, weight = self.activations(n, c, h, w), self.weights(o, c // g, k, k)
         scale, bias = self.floats(o, low=0.01), self.floats(o) if bits != 6 else None
         window = Window((h, w), (k, k), (s, s), (p, p), (d, d))
         spec = conv.ConvSpec(n, c, o, window, g, bits, bias is not None)
-        packed = weight if spec.is_depthwise else pack_numpy(pack.quads_of_conv(weight.shape, g), weight)
+        packed = pack_numpy(spec.packing, weight)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
-        args = _present([x, _numbers(0.02, zero_point), packed, scale, bias])
-        self.add(args, expected, lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", spec)
+        args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
+        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", spec)
+        if c <= conv.MOST_PLANES:
+            of_planes = replace(spec, planes=True)
+            args = _present([*self.planes(x, zero_point), packed, scale, bias])
+            args[1] = np.concatenate([_numbers(0.02, zero_point), args[1]])
+            self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, of_planes), "int8_conv2d")
 
     def chain(
         self,
@@ -311,15 +325,26 @@ class _Maker:
         packed_u = pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u)
         if form == "svd":
             expected = _op("svd_conv2d", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, stride, rank, bits)
-            args = [x, _numbers(0.02 / 0.3, zero_point, 1.0, 0.3), packed_v, packed_u, mid, gain, bias]
+            args = [_last(x), _numbers(0.02 / 0.3, zero_point, 1.0, 0.3), packed_v, packed_u, mid, gain, bias]
         else:
             core = self.weights(r_out, r_in, k, k) if form == "tucker2" else self.weights(r_in, k, k)
             numbers = (0.02, zero_point, 0.3, 0.7, stride, [p, p], [1, 1], rank, bits)
             expected = _op(f"{form}_conv2d", x, v, core, u, mid, out_scale, gain, bias, *numbers)
-            packed = pack_numpy(pack.quads_of_conv(core.shape), core) if form == "tucker2" else core
+            packed = pack_numpy(spec.core_packing, core)
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
-            args = [x, at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
+            args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
+        expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
         self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", spec)
+        if c <= conv.MOST_PLANES and (form != "svd" or s == 1):
+            of_planes = replace(spec, planes=True)
+            args[0], numbers = self.planes(x, zero_point)
+            args[1] = np.concatenate([args[1], numbers])
+            self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, of_planes), f"{form}_conv2d")
+
+
+def _last(x: Array) -> Array:
+    """[N, C, H, W] as [N, H, W, C]."""
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
 
 
 def _numbers(*values: float) -> Array:

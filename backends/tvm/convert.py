@@ -13,9 +13,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tvm import relax, te
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.convert_convs import CONV_CONVERTERS
 from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, attention_f32
-from t3c_compile.backends.tvm.kernels import conv, floats, linear, moves, pack, quantize, vmath
-from t3c_compile.backends.tvm.kernels.window import Window
+from t3c_compile.backends.tvm.kernels import floats, linear, moves, pack, quantize, vmath
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
@@ -63,75 +63,6 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     numbers = scalars(a["x_scale"] / a["h_scale"], a["x_zero_point"], a["h_scale"])
     args = [x, numbers, v, u, lower.value(a["mid_scale"]), lower.optional(a["out_gain"]), lower.optional(a["bias"])]
     return lower.call_fused(lower.kernel(spec), args, [*lead, outputs])
-
-
-def _window(a: Arguments, size: list[Any], kernel: list[int]) -> Window:
-    pairs = ((int(v[0]), int(v[1])) for v in (a["stride"], a["padding"], a["dilation"]))
-    return Window((size[0], size[1]), (kernel[0], kernel[1]), *pairs)
-
-
-def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
-    x = lower.value(a["x"])
-    batch, channels, *size = shape_of(x)
-    raw = tuple(shape_of(lower.value(a["weight"])))
-    window = _window(a, size, list(raw[2:]))
-    spec = conv.ConvSpec(
-        dims([batch])[0],
-        channels,
-        raw[0],
-        window,
-        a["groups"],
-        a["bits"],
-        bias=a["bias"] is not None,
-        finish=lower.finish,
-    )
-    if spec.is_depthwise:
-        weight = lower.value(a["weight"])
-    else:
-        weight = lower.packed(a["weight"], pack.quads_of_conv(raw, a["groups"]))
-    numbers = scalars(a["x_scale"], a["x_zero_point"])
-    args = [x, numbers, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
-    return lower.call_fused(lower.kernel(spec), args, [batch, raw[0], *window.out])
-
-
-def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
-    x = lower.value(a["x"])
-    batch, channels, *size = shape_of(x)
-    (r_in, _), (r_out, outputs) = shape_of(lower.value(a["v"])), shape_of(lower.value(a["u"]))
-    core = None
-    if form == "svd":
-        window = _window({"stride": a["stride"], "padding": (0, 0), "dilation": (1, 1)}, size, [1, 1])
-    else:
-        raw = tuple(shape_of(lower.value(a["core"])))
-        window = _window(a, size, list(raw[-2:]))
-        core = lower.value(a["core"]) if form == "cp" else lower.packed(a["core"], pack.quads_of_conv(raw))
-    spec = conv.ChainSpec(
-        form,
-        dims([batch])[0],
-        channels,
-        outputs,
-        window,
-        (r_in, r_out),
-        a["rank"],
-        a["bits"],
-        gain=a["out_gain"] is not None,
-        bias=a["bias"] is not None,
-        finish=lower.finish,
-    )
-    h_scale = a["h_scale"]
-    last = a.get("g_scale", h_scale)
-    args = [
-        x,
-        scalars(a["x_scale"] / h_scale, a["x_zero_point"], h_scale / last, last),
-        lower.packed(a["v"], pack.quads_of_matrix((r_in, channels))),
-        core,
-        lower.packed(a["u"], pack.quads_of_matrix((r_out, outputs), transposed=True)),
-        lower.value(a["mid_scale"]),
-        lower.optional(a.get("core_scale")),
-        lower.optional(a["out_gain"]),
-        lower.optional(a["bias"]),
-    ]
-    return lower.call_fused(lower.kernel(spec), args, [batch, outputs, *window.out])
 
 
 def _float_linear(
@@ -280,10 +211,6 @@ CONVERTERS: dict[str, Converter] = {
     "int8_embedding.default": _int8_embedding,
     "svd_linear.default": _svd_linear,
     "weight_only_linear.default": _weight_only_linear,
-    "int8_conv2d.default": _int8_conv2d,
-    "svd_conv2d.default": partial(_conv_chain, "svd"),
-    "tucker2_conv2d.default": partial(_conv_chain, "tucker2"),
-    "cp_conv2d.default": partial(_conv_chain, "cp"),
     "linear.default": _linear,
     "conv_transpose3d.input": _conv_transpose3d,
     "slice.Tensor": _slice,
@@ -293,5 +220,6 @@ CONVERTERS: dict[str, Converter] = {
     "scaled_dot_product_attention.default": _attention,
     "hardsigmoid.default": partial(_float_expression, _hardsigmoid),
     "hardswish.default": partial(_float_expression, _hardswish),
+    **CONV_CONVERTERS,
     **FLOAT_CONVERTERS,
 }

@@ -19,6 +19,7 @@ _HEADS = (
     "svd_conv2d",
     "tucker2_conv2d",
     "cp_conv2d",
+    "max_pool2d",
     "layer_norm_f32",
     "rms_norm_f32",
 )
@@ -57,7 +58,7 @@ def fuse(graph: fx.Graph, take_over: bool = True) -> list[Fused]:
     taken: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
-        if _name(node) not in _HEADS:
+        if _name(node) not in _HEADS or (_name(node) == "max_pool2d" and not _is_pooled_here(node)):
             continue
         fused = Fused(node, node)
         found.append(fused)
@@ -75,6 +76,15 @@ def fuse(graph: fx.Graph, take_over: bool = True) -> list[Fused]:
                 fused.forms.setdefault((float(scale), int(zero_point)), []).append(user)  # type: ignore[arg-type]
         fused.floats = sum(map(len, fused.forms.values())) < max(1, len(fused.last.users))
     return found
+
+
+def _is_pooled_here(node: fx.Node) -> bool:
+    """Whether max pooling is of float32 images whose size is known, and not dilated."""
+    x, *options = node.args
+    images: torch.Tensor = x.meta["val"]  # type: ignore[union-attr]
+    dilated = len(options) > 3 and set(options[3]) != {1}  # type: ignore[arg-type]
+    known = images.dim() == 4 and all(isinstance(size, int) for size in images.shape[1:])
+    return known and images.dtype == torch.float32 and not dilated
 
 
 def _take(fused: Fused, user: fx.Node) -> bool:

@@ -10,10 +10,9 @@ import tvm
 from tvm import relax, te
 from tvm.ir import Expr
 
-from t3c_compile.backends.tvm.kernels import floats, pool, rows, vmath
+from t3c_compile.backends.tvm.kernels import floats, rows, vmath
 from t3c_compile.backends.tvm.kernels.emit import static
 from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
 _ELEMENTWISE = {
@@ -48,7 +47,6 @@ Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 def _rules(isa: Isa) -> dict[str, Rule]:
     kernels: dict[str, Callable[[Isa, relax.BlockBuilder, relax.Call], relax.Expr | None]] = {
         "relax.matmul": _matmul,
-        "relax.nn.max_pool2d": _max_pool2d,
         "relax.nn.softmax": _softmax,
         "relax.nn.layer_norm": _layer_norm,
     }
@@ -118,21 +116,6 @@ def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Ex
     else:
         kernel = floats.matmul(isa, dims(batch), dims([rows]), inputs, columns)
     return _kernel_call(builder, kernel, "matmul", call)
-
-
-def _max_pool2d(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
-    *lead, height, width = shape_of(call.args[0])
-    attrs = call.attrs
-    kernel, stride, dilation, before, after = (
-        (int(v[0]), int(v[1]))
-        for v in (attrs.pool_size, attrs.strides, attrs.dilation, attrs.padding[:2], attrs.padding[2:])
-    )
-    known = isinstance(height, int) and isinstance(width, int) and str(call.ty.dtype) == "float32"
-    if not known or attrs.layout != "NCHW" or dilation != (1, 1) or before != after:
-        return None
-    window = Window((height, width), kernel, stride, before, dilation)
-    out = shape_of(call)[-2:]
-    return _kernel_call(builder, pool.max_pool2d(isa, dims(lead), window, (out[0], out[1])), "max_pool2d", call)
 
 
 def _softmax(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:

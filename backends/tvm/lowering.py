@@ -21,16 +21,21 @@ from t3c_compile.backends.tvm.kernels.finish import Finish
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.tile import Tiles
+from t3c_compile.backends.tvm.relax_shapes import shape_of
 from t3c_compile.backends.tvm.tuning.workload import Spec, Workload
 from t3c_compile.passes.base import bound
 from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
 # A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
 Key = tuple[str, Packing | None]
 Arguments = Mapping[str, Any]
 
-# Ops that a kernel may take over and that have no converter of their own.
-_TAKEN_OVER = ("relu.default", "add.Tensor")
+# Element-wise ops, which give images back as they lie; and those of them that kernels take over.
+_ELEMENTWISE = frozenset(
+    f"{name}.default"
+    for name in (*FUNCTIONS, "relu", "clamp", "hardswish", "hardsigmoid", "quantize_int8", "dequantize_int8")
+) | {"add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"}
 
 
 class UnsupportedOpError(T3CError):
@@ -70,6 +75,8 @@ class Lowering:
         self._fused: Any = None
         # What kernels have made of the quantize nodes after them.
         self._forms: dict[fx.Node, relax.Var] = {}
+        # Images that lie as [batch, height, width, channels], by node.
+        self._channels_last: dict[fx.Node, relax.Var] = {}
 
     def run(self, converters: Mapping[str, "Converter"]) -> tvm.IRModule:
         """Import as ``main(*inputs, *stored)``; the packed tensors in :attr:`tensors` are free in its body."""
@@ -79,7 +86,7 @@ class Lowering:
             keep_params_as_input=True,
             unwrap_unit_return_tuple=True,
             run_ep_decomposition=False,
-            custom_convert_map={name: self._converter(converters) for name in {*converters, *_TAKEN_OVER}},
+            custom_convert_map={name: self._converter(converters) for name in {*converters, *_ELEMENTWISE}},
         )
 
     def _converter(self, converters: Mapping[str, "Converter"]) -> Callable[[fx.Node, Any], relax.Var | None]:
@@ -91,14 +98,54 @@ class Lowering:
                 return None
             self._fused = self._called_at.get(node)
             head = node if self._fused is None else self._fused.head
-            convert = converters.get(head.target.__name__)  # type: ignore[union-attr]
-            return self.default() if convert is None else convert(self, bound(head))
+            name = head.target.__name__  # type: ignore[union-attr]
+            convert = converters.get(name)
+
+            def converted() -> relax.Var | None:
+                return self.default() if convert is None else convert(self, bound(head))
+
+            return self._as_they_lie(node, converted) if name in _ELEMENTWISE else converted()
 
         return run
 
     def value(self, node: fx.Node) -> relax.Expr:
         """What ``node`` has become."""
         return self._importer.env[node]
+
+    def channels_last(self, node: fx.Node) -> relax.Var:
+        """The images that ``node`` has become, as [batch, height, width, channels]."""
+        if node not in self._channels_last:
+            self._channels_last[node] = self._moved(self.value(node), (0, 2, 3, 1))
+        return self._channels_last[node]
+
+    def is_channels_last(self, node: fx.Node) -> bool:
+        """Whether the images of ``node`` lie as [batch, height, width, channels]."""
+        return node in self._channels_last
+
+    def _as_they_lie(self, node: fx.Node, convert: Callable[[], relax.Var | None]) -> relax.Var | None:
+        """``convert`` on images of which one at least is channels-last; the result is so, too."""
+        inputs = node.all_input_nodes
+        images = all(isinstance(v := x.meta["val"], torch.Tensor) and v.dim() == 4 for x in (node, *inputs))
+        if not images or not any(map(self.is_channels_last, inputs)):
+            return convert()
+        moved = {x: self.channels_last(x) for x in inputs}
+        kept = {x: self._importer.env[x] for x in inputs}
+        self._importer.env.update(moved)
+        result = convert()
+        self._importer.env.update(kept)
+        return self._channels_first(node, result)
+
+    def _channels_first(self, node: fx.Node, images: relax.Var) -> relax.Var:
+        """Keep ``images``, which are channels-last, as ``node``'s; what reads them otherwise has them moved."""
+        self._channels_last[node] = images
+        return self._moved(images, (0, 3, 1, 2))
+
+    def _moved(self, images: relax.Expr, order: tuple[int, ...]) -> relax.Var:
+        shape = [shape_of(images)[d] for d in order]
+        size = shape[1:3] if order[-1] == 1 else shape[2:]
+        if all(isinstance(d, int) and d == 1 for d in size):
+            return self.emit(relax.op.reshape(images, shape))
+        return self.emit(relax.op.permute_dims(images, list(order)))
 
     def packed(self, node: fx.Node, packing: Packing) -> relax.Var:
         """The parameter ``node``, packed at load."""
@@ -126,26 +173,38 @@ class Lowering:
         return builder.emit(relax.call_tir(function, [argument for argument in args if argument is not None], types))
 
     @property
+    def is_fused(self) -> bool:
+        """Whether the present node has a kernel that :func:`fuse` knows."""
+        return self._fused is not None
+
+    @property
     def finish(self) -> Finish:
         """How the kernel called for the present node ends."""
         finish: Finish = self._fused.finish
         return finish
 
     def call_fused(
-        self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any]
+        self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], channels_last: bool = False
     ) -> relax.Var | None:
-        """Emit a call of ``kernel``, which ends as :attr:`finish`; its float32 result, None where it has none."""
+        """Emit a call of ``kernel``, which ends as :attr:`finish`; its float32 result, None where it has none.
+
+        ``channels_last``: ``shape`` and all that the kernel adds and writes are so.
+        """
         fused: Fused = self._fused
         forms = [number for scale, zero_point in fused.forms for number in (1 / scale, zero_point)]
-        args = [*args, *map(self.value, fused.added), scalars(*forms) if forms else None]
+        added = map(self.channels_last if channels_last else self.value, fused.added)
+        args = [*args, *added, scalars(*forms) if forms else None]
         types = [relax.TensorType(shape, "float32")] * fused.floats + [relax.TensorType(shape, "int8")] * len(
             fused.forms
         )
         called = self._call(kernel, args, types if len(types) > 1 else types[0])
         results = [called] if len(types) == 1 else [self.emit(called[i]) for i in range(len(types))]
         for nodes, result in zip(fused.forms.values(), results[fused.floats :], strict=True):
-            self._forms |= dict.fromkeys(nodes, result)
-        return results[0] if fused.floats else None
+            for node in nodes:
+                self._forms[node] = self._channels_first(node, result) if channels_last else result
+        if not fused.floats:
+            return None
+        return self._channels_first(fused.last, results[0]) if channels_last else results[0]
 
     def emit(self, expression: relax.Expr) -> relax.Var:
         return self._importer.block_builder.emit(expression)

@@ -18,6 +18,7 @@ _KEPT_WHOLE = (
     torch.ops.aten.index_copy.default,
     torch.ops.aten.hardsigmoid.default,
     torch.ops.aten.hardswish.default,
+    torch.ops.aten.max_pool2d.default,
 )
 
 

@@ -1,6 +1,7 @@
 """The convolution ops: dense and depthwise ``int8_conv2d``, and the SVD, Tucker-2 and CP chains, each one kernel.
 
-Every image of the batch goes through the stages in turn; middles stay in int8 scratch.
+Images lie as [batch, height, width, channels], and a convolution is a product whose rows are output pixels. The images
+of a batch go through each stage together; middles stay in int8 scratch.
 """
 
 from dataclasses import dataclass
@@ -10,19 +11,26 @@ import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, prim_func
-from t3c_compile.backends.tvm.kernels.epilogues import ToImage, ToWords
+from t3c_compile.backends.tvm.kernels.depthwise import depthwise
+from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, Shape, prim_func, product
+from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
+from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
-from t3c_compile.backends.tvm.kernels.pack import quads_of_conv, quads_of_matrix
-from t3c_compile.backends.tvm.kernels.pixels import Planes, convolve, default_depthwise_tile, default_tile, depthwise
-from t3c_compile.backends.tvm.kernels.tile import Tiles, tile_of
-from t3c_compile.backends.tvm.kernels.window import SLACK, Window, channel_words, pointwise, spread
+from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, quads_of_conv, quads_of_matrix
+from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles, tile_of
+from t3c_compile.backends.tvm.kernels.window import Images, Window
+
+# Channels up to which a kernel reads float32 planes itself: a pixel is one word.
+MOST_PLANES = QUAD
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """``int8_conv2d``: batch size (or the name of a symbolic one), channels and geometry."""
+    """``int8_conv2d``: batch size (or the name of a symbolic one), channels and geometry.
+
+    ``planes``: x is what the int8 images are made of, float32 [N, C, H, W]; see :data:`MOST_PLANES`.
+    """
 
     batch: int | str
     channels: int
@@ -32,17 +40,24 @@ class ConvSpec:
     bits: int
     bias: bool
     finish: Finish = PLAIN
+    planes: bool = False
 
     @property
     def is_depthwise(self) -> bool:
         return self.groups == self.channels == self.outputs and self.groups > 1
+
+    @property
+    def packing(self) -> Packing:
+        """How the weight [O, C / groups, kh, kw] is packed."""
+        shape = (self.outputs, self.channels // self.groups, *self.window.kernel)
+        return lanes_of_depthwise(shape) if self.is_depthwise else quads_of_conv(shape, self.groups)
 
 
 @dataclass(frozen=True)
 class ChainSpec:
     """A factorized convolution; ``form`` is svd, tucker2 or cp.
 
-    ``ranks``: the greatest (input, output) ranks, equal for svd and cp.
+    ``ranks``: the greatest (input, output) ranks, equal for svd and cp. ``planes`` as for :class:`ConvSpec`.
     """
 
     form: str
@@ -56,154 +71,139 @@ class ChainSpec:
     gain: bool
     bias: bool
     finish: Finish = PLAIN
+    planes: bool = False
+
+    @property
+    def core_packing(self) -> Packing | None:
+        """How the core is packed: [R', R, kh, kw] of Tucker-2, [R, kh, kw] of CP."""
+        if self.form == "svd":
+            return None
+        if self.form == "cp":
+            return lanes_of_depthwise((self.ranks[0], *self.window.kernel))
+        return quads_of_conv((self.ranks[1], self.ranks[0], *self.window.kernel))
 
 
-def _read_image(
-    isa: Isa, x: Buffer, batch: Index, channels: int, groups: int, window: Window, zero_point: Index
-) -> Planes:
-    """Spread image ``batch`` of int8 NCHW ``x``, each group's channels in words of their own."""
-    per_group = channels // groups
-    quads, rest = ceil_div(per_group, QUAD), per_group % QUAD
-    size = window.size[0] * window.size[1]
-    base = batch * (channels * size)
-
-    def word(quad: Index, y: Index, column: Index, lanes: int, step: int) -> object:
-        channel = quad // quads * per_group + quad % quads * QUAD
-        pixel = y * window.size[1] + column
-        full = channel_words(isa, x, base, size, QUAD)
-        if rest == 0:
-            return full(channel, pixel, lanes, step)
-        part = channel_words(isa, x, base, size, rest)
-        if quads == 1:
-            return part(channel, pixel, lanes, step)
-        return T.if_then_else(
-            quad % quads < quads - 1, full(channel, pixel, lanes, step), part(channel, pixel, lanes, step)
-        )
-
-    words = spread(isa, window, groups * quads, word, zero_point)
-    return Planes(words, window.plane_words, quads, zero_point, groups)
+def every_pixel(w: Window) -> Window:
+    """A 1x1 window over the same images."""
+    return Window(w.size, (1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def _middle(isa: Isa, channels: int, pixels: int) -> Planes:
-    """Scratch for ``channels`` of int8 words, ``pixels`` each."""
-    quads, stride = ceil_div(channels, QUAD), pixels + SLACK
-    return Planes(T.alloc_buffer((quads * stride + SLACK,), "int32"), stride, quads, 0)
+def _input(s: ConvSpec | ChainSpec) -> tuple[Shape, str]:
+    if s.planes:
+        return (s.batch, s.channels, *s.window.size), "float32"
+    return (s.batch, *s.window.size, s.channels), "int8"
+
+
+def _read(
+    isa: Isa, s: ConvSpec | ChainSpec, seen: Window, batch: Index, x: Buffer, numbers: Buffer, at: int, zero: Expr
+) -> Images:
+    """The images of the batch as the window ``seen`` reads them; ``numbers`` from ``at`` on are for planes."""
+    images = Images(isa, seen, batch, s.channels, zero, written=False)
+    if s.planes:
+        images.quantize(x, T.bind(numbers[at]), T.bind(numbers[at + 1]))
+    else:
+        images.read(x)
+    return images
 
 
 @cache
 def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
-    """(int8 x [N, C, H, W], numbers, weight, float32 scale [O], float32 bias [O] if any, ``finish`` of
-    [N, O, H', W']).
+    """(int8 x [N, H, W, C], numbers, packed weight, float32 scale [O], float32 bias [O] if any, ``finish`` of
+    [N, H', W', O]).
 
-    ``numbers``: float32 x_scale, x_zero_point (an argument, so that layers and profiles of one shape share a kernel).
-    ``weight`` is packed by ``quads_of_conv``; for a depthwise convolution it is the raw [O, 1, kh, kw].
+    ``numbers`` (an argument, so that layers and profiles of one shape share a kernel): float32 x_scale, x_zero_point;
+    of planes also 1 / scale and zero point of their quantization.
     """
     w = s.window
-    raw = (s.outputs, s.channels // s.groups, *w.kernel)
-    packing = quads_of_conv(raw, s.groups)
     with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d", tiles) as function:
         x, numbers, weight, scale, bias, *ends = function.args(
-            x=((s.batch, s.channels, *w.size), "int8"),
-            numbers=((2,), "float32"),
-            weight=(raw if s.is_depthwise else packing.shape, "int8"),
+            x=_input(s),
+            numbers=((4 if s.planes else 2,), "float32"),
+            weight=(s.packing.shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
-            **s.finish.arguments((s.batch, s.outputs, *w.out)),
+            **s.finish.arguments((s.batch, *w.out, s.outputs)),
         )
         x_scale, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
         writer = Writer(s.finish, ends)
-        with T.serial(0, function.size((s.batch,))) as n:
-            base = n * (s.outputs * w.out[0] * w.out[1])
-            if s.is_depthwise:
-                planes = _read_image(isa, x, n, s.channels, 1, w, zero_point)
-                done = ToImage(isa, w, writer, base, x_scale, scale, bias, gain_first=True)
-                tile = tile_of(tiles, 0, default_depthwise_tile())
-                depthwise(isa, w, planes, weight, s.channels, s.bits, done, tile)
-            else:
-                seen = seen_window(w)
-                planes = _read_image(isa, x, n, s.channels, s.groups, seen, zero_point)
-                done = ToImage(isa, seen, writer, base, x_scale, scale, bias, gain_first=True)
-                tile = tile_of(tiles, 0, default_tile(isa, seen))
-                convolve(isa, seen, planes, weight, planes.quads, s.outputs // s.groups, s.bits, done, tile)
+        batch = function.size((s.batch,))
+        rows = product((batch, w.pixels))
+        end = dense(isa, writer, s.outputs, x_scale, scale, bias)
+        images = _read(isa, s, w, batch, x, numbers, 2, zero_point)
+        if s.is_depthwise:
+            depthwise(isa, rows, s.channels, images.rows(), weight, zero_point, s.bits, end)
+        else:
+            outputs, inputs = s.outputs // s.groups, s.channels // s.groups
+            shape = Product(rows, outputs, inputs, inputs, zero_point, s.bits, s.groups)
+            multiply(isa, shape, images.rows(), weight, end, tile_of(tiles, 0))
     return function.func
-
-
-def _is_pointwise(w: Window) -> bool:
-    return w.kernel == (1, 1) and w.stride == (1, 1) and w.padding == (0, 0)
-
-
-def seen_window(w: Window) -> Window:
-    """The window of a dense product: a 1x1 one sees the image as one row."""
-    return pointwise(w.size[0] * w.size[1]) if _is_pointwise(w) else w
-
-
-def chain_windows(s: ChainSpec) -> tuple[Window, ...]:
-    """The window of each product of a chain. The 1x1 stages see the image as one row; an SVD's stride is taken as the
-    image is read."""
-    if s.form == "svd":
-        first = seen_window(s.window)
-        return first, first
-    return pointwise(s.window.size[0] * s.window.size[1]), s.window, s.window
 
 
 @cache
 def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, ``finish``).
 
-    ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle.
-    ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), a Tucker core by ``quads_of_conv``; a CP core
-    is raw.
+    ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle; of planes
+    also 1 / scale and zero point of their quantization.
+    ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), the core as the spec says.
     """
     w = s.window
-    (r_in, r_out), svd = s.ranks, s.form == "svd"
-    k_in = min(s.rank, r_in)
-    first, *_, seen = chain_windows(s)
-    out = w.out[0] * w.out[1]
-    core_shape = (r_in, *w.kernel) if s.form == "cp" else quads_of_conv((r_out, r_in, *w.kernel)).shape
+    (r_in, r_out), core_packing = s.ranks, s.core_packing
+    k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
     with prim_func(f"{s.form}_conv", tiles) as function:
         x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
-            x=((s.batch, s.channels, *w.size), "int8"),
-            numbers=((4,), "float32"),
+            x=_input(s),
+            numbers=((6 if s.planes else 4,), "float32"),
             v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
-            core=None if svd else (core_shape, "int8"),
+            core=None if core_packing is None else (core_packing.shape, "int8"),
             u=(quads_of_matrix((r_out, s.outputs), transposed=True).shape, "int8"),
             mid_scale=((r_in,), "float32"),
-            core_scale=None if svd else ((r_out,), "float32"),
+            core_scale=None if core_packing is None else ((r_out,), "float32"),
             out_gain=((s.outputs,), "float32") if s.gain else None,
             bias=((s.outputs,), "float32") if s.bias else None,
-            **s.finish.arguments((s.batch, s.outputs, *w.out)),
+            **s.finish.arguments((s.batch, *w.out, s.outputs)),
         )
         x_to_h, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
         h_to_g, scale = T.bind(numbers[2]), T.bind(numbers[3])
         writer = Writer(s.finish, ends)
-        with T.serial(0, function.size((s.batch,))) as n:
-            image = _read_image(isa, x, n, s.channels, 1, first, zero_point)
-            h = _middle(isa, k_in, first.pixels)
-            to_h = ToWords(isa, h.buffer, h.stride, mid_scale, x_to_h)
-            convolve(isa, first, image, v, image.quads, k_in, s.bits, to_h, tile_of(tiles, 0, default_tile(isa, first)))
-            # The core's output keeps the columns that its window drops; the last stage drops them.
-            last = h if svd else _core(isa, s, h, core, core_scale, h_to_g, tiles)
-            done = ToImage(isa, seen, writer, n * (s.outputs * out), scale, gain, bias, gain_first=False)
-            tile = tile_of(tiles, 1 if svd else 2, default_tile(isa, seen))
-            convolve(isa, seen, last, u, ceil_div(r_out, QUAD), s.outputs, s.bits, done, tile, as_it_lies=True)
+        batch = function.size((s.batch,))
+        # An SVD's stride is taken as the image is read; the other forms begin with every pixel.
+        seen = w if core is None else every_pixel(w)
+        images = _read(isa, s, seen, batch, x, numbers, 4, zero_point)
+        first = Product(product((batch, seen.pixels)), k_in, s.channels, s.channels, zero_point, s.bits)
+        if core is None:
+            last = scratch_rows(isa, first.rows, k_in)
+            to_h = middle(isa, last.buffer, last.place, mid_scale, x_to_h)
+            multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
+        else:
+            h = Images(isa, w, batch, k_in, 0, written=True)
+            h.pad()
+            to_h = middle(isa, h.buffer, h.at, mid_scale, x_to_h)
+            multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
+            last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g, tile_of(tiles, 1))
+        rows = product((batch, w.pixels))
+        end = chain_end(isa, writer, s.outputs, scale, gain, bias)
+        multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end, tile_of(tiles, -1))
     return function.func
 
 
-def _core(isa: Isa, s: ChainSpec, h: Planes, core: Buffer, core_scale: Buffer, h_to_g: Expr, tiles: Tiles) -> Planes:
+def _core(
+    isa: Isa,
+    s: ChainSpec,
+    batch: Index,
+    h: Rows,
+    core: Buffer,
+    core_scale: Buffer,
+    h_to_g: Expr,
+    tile: Tile | None,
+) -> Rows:
     """The middle stage: int8 ``h`` at the input's size through the window to int8 at the output's."""
-    w = s.window
-
-    def word(quad: Index, y: Index, column: Index, lanes: int, step: int) -> object:
-        at = quad * h.stride + y * w.size[1] + column
-        return h.buffer[at] if lanes == 1 else h.buffer[T.ramp(at, step, lanes)]
-
-    k_out = min(s.rank, s.ranks[1])
-    planes = Planes(spread(isa, w, h.quads, word, 0), w.plane_words, h.quads, 0)
-    g = _middle(isa, k_out, w.pixels)
-    to_g = ToWords(isa, g.buffer, g.stride, core_scale, h_to_g)
+    (r_in, r_out), rows = s.ranks, product((batch, s.window.pixels))
+    k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
+    g = scratch_rows(isa, rows, k_out)
+    to_g = middle(isa, g.buffer, g.place, core_scale, h_to_g)
     if s.form == "cp":
-        depthwise(isa, w, planes, core, k_out, s.bits, to_g, tile_of(tiles, 1, default_depthwise_tile()))
+        depthwise(isa, rows, k_out, h, core, 0, s.bits, to_g)
     else:
-        tile = tile_of(tiles, 1, default_tile(isa, w))
-        convolve(isa, w, planes, core, ceil_div(s.ranks[0], QUAD), k_out, s.bits, to_g, tile)
+        multiply(isa, Product(rows, k_out, k_in, r_in, 0, s.bits), h, core, to_g, tile)
     return g

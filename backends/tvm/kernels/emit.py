@@ -224,19 +224,19 @@ def requantize(acc: Expr, multiplier: Expr, lanes: int) -> Expr:
     return T.cast(clamped, vec("int32", lanes))
 
 
-def row_chunks(rows: Index, chunk: int = CHUNK_ROWS) -> Index:
+def row_chunks(rows: Index) -> Index:
     """How many chunks of rows there are; one at least: TVM folds what even a branch never taken divides by."""
-    count = ceil_div(rows, chunk)
+    count = ceil_div(rows, CHUNK_ROWS)
     return count if static(count) is not None else T.max(count, 1)
 
 
-def by_rows(rows: Index, most: int, body: Callable[[int], None], chunk: int = CHUNK_ROWS) -> None:
+def by_rows(rows: Index, most: int, body: Callable[[int], None]) -> None:
     """Emit ``body`` with the rows of its register tile, at most ``most``, chosen so that ``rows`` split evenly.
 
     Where a call may turn out to have one row, a body for one row is emitted beside the general one.
     """
     count = static(rows)
-    if count is not None and count <= chunk:
+    if count is not None and count <= CHUNK_ROWS:
         body(ceil_div(count, ceil_div(count, most)))
     elif count is None and least(rows) == 1:
         when(rows == 1, lambda: body(1), lambda: body(most))

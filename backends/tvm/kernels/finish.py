@@ -116,7 +116,13 @@ class Writer:
 
 def quantized(value: Expr, inverse: Expr, zero_point: Expr, lanes: int) -> Expr:
     """``t3c::quantize_int8`` of float32 ``value``; ``inverse`` (1 / scale) and ``zero_point`` are float32 scalars."""
+    # By way of int32 the cast vectorizes.
+    return T.cast(quantized_int32(value, inverse, zero_point, lanes), vec("int8", lanes))
+
+
+def quantized_int32(value: Expr, inverse: Expr, zero_point: Expr, lanes: int) -> Expr:
+    """The same in int32."""
     q = T.nearbyint(value * fill(inverse, lanes)) + fill(zero_point, lanes)
-    # Clamping before the cast keeps huge inputs defined; by way of int32 the cast vectorizes.
+    # Clamping before the cast keeps huge inputs defined.
     clamped = T.max(T.min(q, fill(T.float32(127), lanes)), fill(T.float32(-128), lanes))
-    return T.cast(T.cast(clamped, vec("int32", lanes)), vec("int8", lanes))
+    return T.cast(clamped, vec("int32", lanes))

@@ -6,7 +6,8 @@ carry an offset, each tile starts from ``-offset * sum(weights)``, summed once p
 that holds for any rank prefix and any width, and needs nothing stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -25,7 +26,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
     int32,
     load,
     product,
-    row_chunks,
     static,
     store,
     top_bits,
@@ -43,7 +43,10 @@ SPARE_ROWS = 16  # rows past the end that a tile may read
 
 @dataclass(frozen=True)
 class Product:
-    """``rows x columns`` over ``inputs``; ``stored_inputs`` is the packed buffer's full reduction length."""
+    """``rows x columns`` over ``inputs``; ``stored_inputs`` is the packed buffer's full reduction length.
+
+    With ``groups``, ``columns`` and ``inputs`` are those of a group, and groups lie one after the other.
+    """
 
     rows: Index
     columns: int
@@ -51,6 +54,30 @@ class Product:
     stored_inputs: int
     zero_point: Index
     bits: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the activations of a product's rows lie in ``buffer``, in the form the dot product reads.
+
+    A row begins at element ``place(row)``; of a convolution's row, tap (ky, kx) of ``kernel`` lies ``shift(ky, kx)``
+    further. A row past the last one may be asked for, too.
+    """
+
+    buffer: Buffer
+    place: Callable[[Index], Index]
+    kernel: tuple[int, int] = (1, 1)
+    shift: Callable[[Index, Index], Index] = lambda ky, kx: 0
+
+    @contextmanager
+    def taps(self) -> Iterator[tuple[Index, Index]]:
+        """Loop over the window: (tap number, how far it lies)."""
+        if self.kernel == (1, 1):
+            yield 0, 0
+            return
+        with T.serial(0, self.kernel[0]) as ky, T.serial(0, self.kernel[1]) as kx:
+            yield T.bind(ky * self.kernel[1] + kx), T.bind(self.shift(ky, kx))
 
 
 def row_stride(inputs: int) -> int:
@@ -58,26 +85,36 @@ def row_stride(inputs: int) -> int:
     return ceil_div(inputs, BLOCK) * BLOCK
 
 
-def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Buffer:
-    """Copy int8 ``x`` [rows, inputs] to the form ``multiply`` reads: offset added, rows padded."""
-    stride, lanes = row_stride(inputs), isa.lanes * QUAD
-    prepared = T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype)
+def activation(isa: Isa, value: Expr, lanes: int) -> Expr:
+    """int8 ``value`` in the form the dot product reads."""
+    if not isa.unsigned:
+        return value
+    return T.reinterpret(vec("uint8", lanes), value) ^ fill(T.uint8(128), lanes)
 
-    def convert(value: Expr, n: int) -> Expr:
-        if not isa.unsigned:
-            return value
-        return T.reinterpret(vec("uint8", n), value) ^ fill(T.uint8(128), n)
+
+def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
+    """Copy int8 ``x`` [rows, inputs] to the form ``multiply`` reads."""
+    stride, lanes = row_stride(inputs), isa.lanes * QUAD
+    prepared = scratch_rows(isa, rows, inputs)
 
     @for_each(rows, product((rows, inputs)))
     def _(row: Index) -> None:
         chunks(
-            inputs, lanes, lambda i, n: store(prepared, row * stride + i, convert(load(x, row * inputs + i, n), n), n)
+            inputs,
+            lanes,
+            lambda i, n: store(prepared.buffer, row * stride + i, activation(isa, load(x, row * inputs + i, n), n), n),
         )
         if inputs % QUAD:
             with T.serial(0, QUAD - inputs % QUAD) as i:
-                T.buffer_store(prepared, T.cast(0, isa.activation_dtype), [row * stride + inputs + i])
+                T.buffer_store(prepared.buffer, T.cast(0, isa.activation_dtype), [row * stride + inputs + i])
 
     return prepared
+
+
+def scratch_rows(isa: Isa, rows: Index, inputs: int) -> Rows:
+    """Scratch for ``rows`` of ``inputs`` activations, ``row_stride(inputs)`` elements each."""
+    stride = row_stride(inputs)
+    return Rows(T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype), lambda row: row * stride)
 
 
 def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:
@@ -108,30 +145,23 @@ def weight_sums(
     return sums
 
 
-def rows_for(isa: Isa, vectors: int) -> int:
-    """Rows of a register tile ``vectors`` wide."""
-    return min(12, isa.registers // vectors)
-
-
-def default_tile(isa: Isa) -> Tile:
-    """The tile of a product that was not tuned."""
-    return Tile(rows_for(isa, isa.panel()), isa.panel(), CHUNK_ROWS)
-
-
-def multiply(isa: Isa, p: Product, tile: Tile, activations: Buffer, weights: Buffer, epilogue: Epilogue) -> None:
+def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile | None = None) -> None:
     """Emit the product; ``epilogue`` gets each vector of ``sum((x - zero_point) * weight)``."""
-    width = tile.vectors * isa.lanes
+    tile = tile or default_tile(isa, p.rows, p.columns)
+    width, chunk = tile.vectors * isa.lanes, tile.chunk
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
-    parts = row_chunks(p.rows, tile.chunk)
+    # One at least: TVM folds what even a branch never taken divides by.
+    parts = ceil_div(p.rows, chunk) if static(p.rows) is not None else T.max(ceil_div(p.rows, chunk), 1)
+    taps = x.kernel[0] * x.kernel[1]
 
-    @for_each(panels * parts, product((p.rows, p.columns, p.inputs)))
+    @for_each(p.groups * panels * parts, product((p.groups, p.rows, p.columns, p.inputs, taps)))
     def _(task: Index) -> None:
-        panel = T.bind(task // parts)
-        first = T.bind((task % parts) * tile.chunk)
+        panel, group = T.bind(task // parts % panels), T.bind(task // (parts * panels))
+        first = T.bind(task % parts * chunk)
 
         def emit(columns: int) -> None:
-            _panel(isa, p, tile, activations, weights, epilogue, panel * width, columns, first)
+            _panel(isa, p, x, weights, epilogue, group, panel * width, columns, first, tile)
 
         if whole and rest:
             when(panel < whole, lambda: emit(width), lambda: emit(rest))
@@ -139,30 +169,74 @@ def multiply(isa: Isa, p: Product, tile: Tile, activations: Buffer, weights: Buf
             emit(width if whole else rest)
 
 
+def default_tile(isa: Isa, rows: Index, columns: int) -> Tile:
+    """The tile of a product that was not tuned."""
+    vectors = _vectors(isa, rows, columns)
+    return Tile(_height(isa, rows, vectors), vectors, _chunk(isa, rows, vectors))
+
+
+def _height(isa: Isa, rows: Index, vectors: int) -> int:
+    """Rows of a tile, chosen so that ``rows`` split evenly where they are few."""
+    most, count = min(12, isa.registers // vectors), static(rows)
+    return most if count is None or count > CHUNK_ROWS else ceil_div(count, ceil_div(count, most))
+
+
+def _chunk(isa: Isa, rows: Index, vectors: int) -> int:
+    """Rows a task takes: at most about ``CHUNK_ROWS``, in whole tiles, equal for all tasks."""
+    count, height = static(rows), _height(isa, rows, vectors)
+    if count is None:
+        return CHUNK_ROWS
+    even = ceil_div(count, ceil_div(count, CHUNK_ROWS))
+    return ceil_div(even, height) * height
+
+
+def _vectors(isa: Isa, rows: Index, columns: int) -> int:
+    """Vectors of columns side by side: those that compute the fewest rows that are not there, else the most."""
+    count = static(rows)
+    if count is None or isa.registers < 24:
+        return isa.panel()
+
+    def cost(vectors: int) -> float:
+        whole, rest = divmod(ceil_div(columns, isa.lanes), vectors)
+        total = 0.0
+        for width, panels in ((vectors, whole), (rest, 1)):
+            if width and panels:
+                height = _height(isa, count, width)
+                # A tile's products, and what it loads for them.
+                total += panels * ceil_div(count, height) * (height * width + 0.1 * (height + width))
+        return total
+
+    return min((4, 3, 2), key=cost)
+
+
 def _panel(
     isa: Isa,
     p: Product,
-    tile: Tile,
-    activations: Buffer,
+    x: Rows,
     weights: Buffer,
     epilogue: Epilogue,
+    group: Index,
     column: Index,
     columns: int,
     first: Index,
+    tile: Tile,
 ) -> None:
-    lanes, stride = isa.lanes, row_stride(p.inputs)
+    lanes, chunk = isa.lanes, tile.chunk
     vectors = ceil_div(columns, lanes)
-    block_bytes = ceil_div(p.stored_inputs, QUAD) * BLOCK * QUAD
+    taps, tap_bytes = x.kernel[0] * x.kernel[1], ceil_div(p.stored_inputs, QUAD) * BLOCK * QUAD
     quads = ceil_div(p.inputs, QUAD)
     offset = isa.offset + p.zero_point
+    # Packed weights start a new block for each group.
+    base = T.bind(group * (ceil_div(p.columns, BLOCK) * taps * tap_bytes)) if p.groups > 1 else 0
 
     def at(v: int, tap: Index, k: Index) -> Index:
         lane = column + v * lanes
-        return (lane // BLOCK) * block_bytes + k * (BLOCK * QUAD) + (lane % BLOCK) * QUAD
+        block = base + (lane // BLOCK) * (taps * tap_bytes)
+        return block + tap * tap_bytes + k * (BLOCK * QUAD) + (lane % BLOCK) * QUAD
 
-    sums = weight_sums(isa, weights, at, 1, quads, vectors, p.bits) if static(offset) != 0 else None
+    sums = weight_sums(isa, weights, at, taps, quads, vectors, p.bits) if static(offset) != 0 else None
     count = static(p.rows)
-    last = T.min(first + tile.chunk, p.rows) if count is None or count > tile.chunk else count
+    last = count if count is not None and count <= chunk else T.min(first + chunk, p.rows)
 
     def sweep(rows: int) -> None:
         with T.serial(0, ceil_div(last - first, rows)) as number:
@@ -174,20 +248,22 @@ def _panel(
                     store(
                         cell, 0, fill(start, lanes) if sums is None else start * fill(int32(-1 * offset), lanes), lanes
                     )
-            with T.serial(0, quads) as k:
-                words = [weight_words(isa, weights, at(v, 0, k), p.bits) for v in range(vectors)]
-                for r, line in enumerate(acc):
-                    x = T.bind(spread_word(isa, activations, (row + r) * stride + k * QUAD))
+            places = [T.bind(x.place(row + r) + group * p.inputs) for r in range(rows)]
+            with x.taps() as (tap, shift), T.serial(0, quads) as k:
+                words = [weight_words(isa, weights, at(v, tap, k), p.bits) for v in range(vectors)]
+                for place, line in zip(places, acc, strict=True):
+                    value = T.bind(spread_word(isa, x.buffer, place + shift + k * QUAD))
                     for cell, word in zip(line, words, strict=True):
-                        store(cell, 0, isa.dot(load(cell, 0, lanes), x, word), lanes)
+                        store(cell, 0, isa.dot(load(cell, 0, lanes), value, word), lanes)
             for r, line in enumerate(acc):
 
                 def finish(r: int = r, line: list[Buffer] = line) -> None:
                     for v, cell in enumerate(line):
-                        epilogue(row + r, column + v * lanes, min(lanes, columns - v * lanes), load(cell, 0, lanes))
+                        valid = min(lanes, columns - v * lanes)
+                        epilogue(row + r, group * p.columns + column + v * lanes, valid, load(cell, 0, lanes))
 
-                always = count is not None and count % rows == 0 and tile.chunk % rows == 0
+                always = count is not None and count % rows == 0 and chunk % rows == 0
                 when(True if always else row + r < last, finish)
 
     # The last panel may be narrower than the others.
-    by_rows(p.rows, tile.rows if vectors == tile.vectors else rows_for(isa, vectors), sweep, tile.chunk)
+    by_rows(p.rows, tile.rows if vectors == tile.vectors else _height(isa, p.rows, vectors), sweep)

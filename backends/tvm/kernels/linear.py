@@ -4,27 +4,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import tvm
-from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import (
-    Index,
-    fill,
-    load_partial,
-    prim_func,
-    requantize,
-    store,
-    vec,
-)
+from t3c_compile.backends.tvm.kernels.emit import prim_func
+from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import (
-    SPARE_ROWS,
-    Product,
-    default_tile,
-    multiply,
-    prepare_rows,
-    row_stride,
-)
+from t3c_compile.backends.tvm.kernels.gemm import Product, multiply, prepare_rows, scratch_rows
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
 from t3c_compile.backends.tvm.kernels.tile import Tiles, tile_of
@@ -64,20 +49,14 @@ def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc
             bias=((s.outputs,), "float32") if s.bias else None,
             **s.finish.arguments((*s.lead, s.outputs)),
         )
-        lanes, rows = isa.lanes, function.size(s.lead)
+        rows = function.size(s.lead)
         x_scale, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
         writer = Writer(s.finish, ends)
-
-        def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
-            gain = load_partial(scale, column, lanes, valid) * fill(x_scale, lanes)
-            value = T.cast(acc, vec("float32", lanes)) * gain
-            if bias is not None:
-                value = value + load_partial(bias, column, lanes, valid)
-            writer.put(row * s.outputs + column, value, lanes, valid)
-
         activations = prepare_rows(isa, x, rows, s.inputs)
         shape = Product(rows, s.outputs, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, shape, tile_of(tiles, 0, default_tile(isa)), activations, weight, epilogue)
+        multiply(
+            isa, shape, activations, weight, dense(isa, writer, s.outputs, x_scale, scale, bias), tile_of(tiles, 0)
+        )
     return function.func
 
 
@@ -98,29 +77,12 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
             bias=((s.outputs,), "float32") if s.bias else None,
             **s.finish.arguments((*s.lead, s.outputs)),
         )
-        lanes, rows, stride = isa.lanes, function.size(s.lead), row_stride(s.rank)
+        rows = function.size(s.lead)
         to_h, zero_point, h_scale = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32")), T.bind(numbers[2])
         writer = Writer(s.finish, ends)
-        activations = prepare_rows(isa, x, rows, s.inputs)
-        middle = T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype)
-
-        def keep(row: Index, column: Index, valid: int, acc: Expr) -> None:
-            factor = load_partial(mid_scale, column, lanes, valid) * fill(to_h, lanes)
-            h = requantize(acc, factor, lanes)
-            # Lanes past the rank are zero (their mid_scale is), as the next product needs.
-            h = T.cast(h + fill(T.int32(isa.offset), lanes), vec(isa.activation_dtype, lanes))
-            store(middle, row * stride + column, h, lanes)
-
-        def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
-            value = T.cast(acc, vec("float32", lanes)) * fill(h_scale, lanes)
-            if gain is not None:
-                value = value * load_partial(gain, column, lanes, valid)
-            if bias is not None:
-                value = value + load_partial(bias, column, lanes, valid)
-            writer.put(row * s.outputs + column, value, lanes, valid)
-
+        activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(isa, rows, s.rank)
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, first, tile_of(tiles, 0, default_tile(isa)), activations, v, keep)
+        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, mid_scale, to_h), tile_of(tiles, 0))
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
-        multiply(isa, second, tile_of(tiles, 1, default_tile(isa)), middle, u, epilogue)
+        multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile_of(tiles, 1))
     return function.func

@@ -1,7 +1,8 @@
 """Weight packing, run once at load: from the raw store's layout to what the kernels read.
 
 ``quads``: int8 ``[groups][outputs / 16][taps][inputs / 4][16][4]``, the layout of every int8 kernel, zero-padded.
-``lanes``: ``[outputs / 16][inputs][16]`` in the raw dtype, the layout of the float and weight-only kernels.
+``lanes``: ``[outputs / 16][inputs][16]`` in the raw dtype, the layout of the float and weight-only kernels; of a
+depthwise convolution's taps.
 """
 
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ def quads_of_conv(shape: tuple[int, ...], groups: int = 1) -> Packing:
 def lanes_of_matrix(shape: tuple[int, ...], dtype: str) -> Packing:
     """[outputs, inputs] of ``dtype``."""
     return Packing("lanes", dtype, shape, 1, shape[0], shape[1], 1, (shape[1], 1, 0))
+
+
+def lanes_of_depthwise(shape: tuple[int, ...]) -> Packing:
+    """int8 [channels, ..., kh, kw], the rest 1: as [channels / 16][kh * kw][16]."""
+    taps = shape[-2] * shape[-1]
+    return Packing("lanes", "int8", shape, 1, shape[0], taps, 1, (taps, 1, 0))
 
 
 def pack(packing: Packing) -> tvm.tirx.PrimFunc:

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """``rows`` times ``vectors`` accumulator registers; ``chunk``: how much of the image or matrix a task takes.
-
-    Linear layers: rows of the input against vectors of output columns, ``chunk`` rows a task. Convolutions: output
-    channels against vectors of pixels, ``chunk`` pixels a task (whole lines where columns are dropped).
-    """
+    """``rows`` times ``vectors`` of columns in accumulator registers; a task takes ``chunk`` rows."""
 
     rows: int
     vectors: int
@@ -19,10 +15,10 @@ class Tile:
         return f"{self.rows}x{self.vectors} in {self.chunk}"
 
 
-# One for each product of a kernel, in order; none for the defaults.
+# One for each product of a kernel that has a choice, in order; none for the defaults.
 Tiles = tuple[Tile, ...]
 
 
-def tile_of(tiles: Tiles, product: int, default: Tile) -> Tile:
-    """The tile of a kernel's product number ``product``."""
-    return tiles[product] if tiles else default
+def tile_of(tiles: Tiles, number: int) -> Tile | None:
+    """The tile of a kernel's product ``number``; None for the default."""
+    return tiles[number] if tiles else None

@@ -1,12 +1,8 @@
-"""Convolution windows, and images spread out so that every tap of a window reads contiguous pixels.
+"""Convolution windows, and images laid out so that a window's taps lie at constant distances, whatever the stride.
 
-An image lies as words of four channels, ``[phases][channels / 4][rows][columns]``. Padding is written out, and a stride
-of s splits rows and columns into s phases; so output pixel ``p``, counted along rows of ``columns`` pixels, finds tap
-(ky, kx) at ``p`` plus a constant of the tap, whatever the stride and dilation. The few columns past the output's width
-are computed and dropped.
+An image is ``[batch][rows][columns][channels]``, its padding written out, in the form the dot product reads.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -20,17 +16,17 @@ from t3c_compile.backends.tvm.kernels.emit import (
     fill,
     for_each,
     int32,
+    load,
+    product,
     store,
     vec,
-    when,
 )
+from t3c_compile.backends.tvm.kernels.finish import quantized_int32
+from t3c_compile.backends.tvm.kernels.gemm import Rows, activation, row_stride
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
-# words(quad, row, column, lanes, column step): int32 words of the source image
-Source = Callable[[Index, Index, Index, int, int], Expr]
-
-# Words past the last plane that a tile may read or write: the widest tile is 3 vectors of 16, twice over for overhang.
-SLACK = 128
+# Bytes past the end that the last word or vector of channels may read.
+_SLACK = 64
 
 
 @dataclass(frozen=True)
@@ -53,102 +49,147 @@ class Window:
         return one(0), one(1)
 
     @property
-    def phases(self) -> tuple[int, int]:
-        """How many of the stride's phases the taps touch."""
+    def pixels(self) -> int:
+        """Output pixels of an image."""
+        return self.out[0] * self.out[1]
+
+    @property
+    def is_single(self) -> bool:
+        """An output pixel reads one pixel, which is inside the image."""
+        return self.kernel == (1, 1) and self.padding == (0, 0)
+
+    @property
+    def spread(self) -> tuple[int, int]:
+        """Rows and columns of an image with its padding."""
 
         def one(i: int) -> int:
-            return 1 + max(k * self.dilation[i] % self.stride[i] for k in range(self.kernel[i]))
+            reach = (self.out[i] - 1) * self.stride[i] + (self.kernel[i] - 1) * self.dilation[i] + 1
+            return max(reach, self.size[i] + self.padding[i])
 
         return one(0), one(1)
 
-    @property
-    def plane(self) -> tuple[int, int]:
-        """Rows and columns of one spread plane."""
-        out = self.out
-        rows, columns = (out[i] + (self.kernel[i] - 1) * self.dilation[i] // self.stride[i] for i in range(2))
-        return rows, columns
 
-    @property
-    def plane_words(self) -> int:
-        return self.plane[0] * self.plane[1]
+class Images:
+    """Scratch for a batch of int8 images with ``channels`` values a pixel, as ``window`` reads them.
 
-    @property
-    def pixels(self) -> int:
-        """Output pixels counted along the plane's columns, up to the last one kept."""
-        return (self.out[0] - 1) * self.plane[1] + self.out[1]
+    ``zero`` is the int8 value of padding. ``written``: a kernel's product writes them, in whole vectors; else they are
+    copied in by :meth:`read`, and where the window reads single pixels, those alone.
+    """
 
-    @property
-    def flat(self) -> bool:
-        """No column is dropped."""
-        return self.plane[1] == self.out[1]
+    def __init__(self, isa: Isa, window: Window, batch: Index, channels: int, zero: Index, written: bool) -> None:
+        self._isa, self._window, self._batch, self._zero = isa, window, batch, zero
+        self._picked = window.is_single and not written
+        self._size = window.out if self._picked else window.spread
+        self._channels = channels
+        self._stride = row_stride(channels) if written else ceil_div(channels, QUAD) * QUAD
+        count = product((batch, *self._size, self._stride))
+        self.buffer = T.alloc_buffer((count + _SLACK,), isa.activation_dtype)
 
-    def tap(self, ky: Index, kx: Index) -> tuple[Index, Index]:
-        """Phase number and word offset within the plane of tap (ky, kx)."""
-        y, x = ky * self.dilation[0], kx * self.dilation[1]
-        phase = (y % self.stride[0]) * self.phases[1] + x % self.stride[1]
-        return phase, (y // self.stride[0]) * self.plane[1] + x // self.stride[1]
+    def at(self, pixel: Index) -> Index:
+        """Element of a pixel of the unpadded images, counted over the batch."""
+        w = self._window
+        if self._size == w.size:
+            return pixel * self._stride
+        row, column = pixel // w.size[1], pixel % w.size[1]
+        image, line = row // w.size[0], row % w.size[0]
+        place = (image * self._size[0] + line + w.padding[0]) * self._size[1] + column + w.padding[1]
+        return place * self._stride
 
+    def rows(self) -> Rows:
+        """The output pixels of the batch as rows of a product."""
+        w, stride = self._window, self._stride
+        last = self._batch * w.pixels - 1
 
-def pointwise(pixels: int) -> Window:
-    """A 1x1 window over an image seen as one row."""
-    return Window((1, pixels), (1, 1), (1, 1), (0, 0), (1, 1))
+        def place(row: Index) -> Index:
+            pixel = T.bind(T.min(row, last))
+            if self._size == w.out:
+                return pixel * stride
+            line, column = pixel // w.out[1], pixel % w.out[1]
+            image, y = line // w.out[0], line % w.out[0]
+            top = image * self._size[0] + y * w.stride[0]
+            return (top * self._size[1] + column * w.stride[1]) * stride
 
+        def shift(ky: Index, kx: Index) -> Index:
+            return (ky * (w.dilation[0] * self._size[1]) + kx * w.dilation[1]) * stride
 
-def channel_words(
-    isa: Isa, x: Buffer, base: Index, pixels: int, channels: int
-) -> Callable[[Index, Index, int, int], Expr]:
-    """Words of int8 NCHW ``x``: ``read(channel, pixel, lanes, step)`` joins ``channels`` (1 to 4) of its planes."""
+        return Rows(self.buffer, place, w.kernel, shift)
 
-    def read(channel: Index, pixel: Index, lanes: int, step: int) -> Expr:
-        word = fill(T.int32(isa.flip), lanes)
-        for i in range(channels):
-            at = base + (channel + i) * pixels + pixel
-            value = x[at] if lanes == 1 else x[T.ramp(at, step, lanes)]
-            wide = T.cast(T.reinterpret(vec("uint8", lanes), value), vec("int32", lanes))
-            word = word ^ (wide << fill(T.int32(8 * i), lanes))
-        return word
+    def read(self, x: Buffer) -> None:
+        """Copy int8 ``x`` [batch, H, W, channels] in, and write the padding."""
+        w, (rows, columns), channels = self._window, self._size, self._channels
+        step = w.stride if self._picked else (1, 1)
+        inside = (rows, columns) if self._picked else w.size
+        top, left = w.padding
+        joined = step[1] == 1 and channels == self._stride
 
-    return read
+        @for_each(self._batch * inside[0], 4 * product((self._batch, *inside, self._stride)))
+        def _(task: Index) -> None:
+            image, y = T.bind(task // inside[0]), T.bind(task % inside[0])
+            source = T.bind((image * w.size[0] + y * step[0]) * (w.size[1] * channels))
+            target = T.bind(((image * rows + y + top) * columns + left) * self._stride)
+            if joined:
+                self._copy(x, source, target, inside[1] * channels)
+            else:
+                with T.serial(0, inside[1]) as i:
+                    self._copy(x, source + i * (step[1] * channels), target + i * self._stride, channels)
 
+        self.pad()
 
-def spread(isa: Isa, w: Window, quads: int, source: Source, zero: Index) -> Buffer:
-    """Spread ``quads`` planes of words read from ``source``; ``zero`` is the int8 value of padding."""
-    (rows, columns), phases = w.plane, w.phases
-    words = T.alloc_buffer((phases[0] * phases[1] * quads * w.plane_words + SLACK,), "int32")
-    byte = int32(zero) & T.int32(0xFF)
-    padding = T.bind((byte | (byte << 8) | (byte << 16) | (byte << 24)) ^ T.int32(isa.flip))
+    def quantize(self, x: Buffer, inverse: Expr, zero_point: Expr) -> None:
+        """Quantize float32 ``x`` [batch, channels, H, W] of at most four channels in, and write the padding.
 
-    def blank(start: Index, count: int) -> None:
-        chunks(count, isa.lanes, lambda i, n: store(words, start + i, fill(padding, n), n))
+        ``inverse`` (1 / scale) and ``zero_point`` are float32 scalars.
+        """
+        isa, w, (rows, columns), channels = self._isa, self._window, self._size, self._channels
+        assert self._stride == QUAD
+        assert not self._picked or w.stride == (1, 1)
+        (height, width), (top, left) = w.size, w.padding
 
-    def row(quad: Index, start: Index, y: Index, px: int) -> None:
-        step, shift = w.stride[1], px - w.padding[1]
-        first = min(columns, max(0, ceil_div(-shift, step)))
-        last = max(first, min(columns, (w.size[1] - 1 - shift) // step + 1))
-        blank(start, first)
+        @for_each(self._batch * height, 16 * product((self._batch, height, width, channels)))
+        def _(task: Index) -> None:
+            image, y = T.bind(task // height), T.bind(task % height)
+            source = T.bind((image * (channels * height) + y) * width)
+            target = T.bind(((image * rows + y + top) * columns + left) * QUAD)
+
+            def pixels(i: Index, n: int) -> None:
+                word = fill(T.int32(isa.flip), n)
+                for channel in range(channels):
+                    value = load(x, source + channel * (height * width) + i, n)
+                    byte = quantized_int32(value, inverse, zero_point, n) & fill(T.int32(0xFF), n)
+                    word = word ^ (byte << fill(T.int32(8 * channel), n))
+                store(
+                    self.buffer, target + i * QUAD, T.reinterpret(vec(isa.activation_dtype, n * QUAD), word), n * QUAD
+                )
+
+            chunks(width, isa.lanes, pixels)
+
+        self.pad()
+
+    def pad(self) -> None:
+        """Write the padding."""
+        w, (rows, columns) = self._window, self._size
+        if self._picked or (rows, columns) == w.size:
+            return
+        top, left = w.padding
+        line = columns * self._stride
+        with T.serial(0, self._batch) as image:
+            start = T.bind(image * (rows * line))
+            self._blank(start, top * line)
+            self._blank(start + (top + w.size[0]) * line, (rows - top - w.size[0]) * line)
+            with T.serial(0, w.size[0]) as y:
+                row = T.bind(start + (y + top) * line)
+                self._blank(row, left * self._stride)
+                self._blank(row + (left + w.size[1]) * self._stride, (columns - left - w.size[1]) * self._stride)
+
+    def _copy(self, x: Buffer, source: Index, target: Index, count: int) -> None:
+        isa = self._isa
         chunks(
-            last - first,
-            isa.lanes,
-            lambda i, n: store(words, start + first + i, source(quad, y, (first + i) * step + shift, n, step), n),
+            count,
+            isa.lanes * QUAD,
+            lambda i, n: store(self.buffer, target + i, activation(isa, load(x, source + i, n), n), n),
         )
-        blank(start + last, columns - last)
 
-    @for_each(phases[0] * quads, phases[0] * phases[1] * quads * w.plane_words * QUAD)
-    def _(task: Index) -> None:
-        py, quad = T.bind(task // quads), T.bind(task % quads)
-        for px in range(phases[1]):
-            plane = ((py * phases[1] + px) * quads + quad) * w.plane_words
-            with T.serial(0, rows) as r:
-                start = T.bind(plane + r * columns)
-                y = T.bind(r * w.stride[0] + py - w.padding[0])
-                inside = w.padding[0] == 0 and (rows - 1) * w.stride[0] + phases[0] - 1 < w.size[0]
-
-                def filled(quad: Index = quad, start: Index = start, y: Index = y, px: int = px) -> None:
-                    row(quad, start, y, px)
-
-                def empty(start: Index = start) -> None:
-                    blank(start, columns)
-
-                when(True if inside else T.And(y >= 0, y < w.size[0]), filled, empty)
-
-    return words
+    def _blank(self, start: Index, count: int) -> None:
+        isa = self._isa
+        value = T.cast(int32(self._zero) + T.int32(isa.offset), isa.activation_dtype)
+        chunks(count, isa.lanes * QUAD, lambda i, n: store(self.buffer, start + i, fill(value, n), n))

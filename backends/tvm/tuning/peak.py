@@ -6,21 +6,25 @@ import tvm
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import accumulators, fill, load, prim_func, store
-from t3c_compile.backends.tvm.kernels.gemm import rows_for, spread_word
+from t3c_compile.backends.tvm.kernels.gemm import spread_word
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
 _STEPS, _WORDS = 1 << 14, 16
 
 
+def _tile(isa: Isa) -> tuple[int, int]:
+    """Rows and vectors of accumulators."""
+    return isa.registers // isa.panel(), isa.panel()
+
+
 def peak_operations(isa: Isa) -> int:
     """Multiplications and additions of a call of :func:`peak`."""
-    vectors = isa.panel()
-    return 2 * _STEPS * rows_for(isa, vectors) * vectors * isa.lanes * QUAD
+    rows, vectors = _tile(isa)
+    return 2 * _STEPS * rows * vectors * isa.lanes * QUAD
 
 
 def peak_arguments(isa: Isa) -> list[tuple[tuple[int, ...], str]]:
-    vectors, lanes = isa.panel(), isa.lanes
-    rows = rows_for(isa, vectors)
+    (rows, vectors), lanes = _tile(isa), isa.lanes
     return [
         ((_WORDS * rows * QUAD,), isa.activation_dtype),
         ((_WORDS * vectors * lanes * QUAD,), "int8"),
@@ -31,8 +35,7 @@ def peak_arguments(isa: Isa) -> list[tuple[tuple[int, ...], str]]:
 @cache
 def peak(isa: Isa) -> tvm.tirx.PrimFunc:
     """(activations, weights, int32 sums): a tile of accumulators, the operands always in the first-level cache."""
-    vectors, lanes = isa.panel(), isa.lanes
-    rows = rows_for(isa, vectors)
+    (rows, vectors), lanes = _tile(isa), isa.lanes
     with prim_func("peak") as function:
         x, weights, sums = function.args(**dict(zip(("x", "weights", "sums"), peak_arguments(isa), strict=True)))
         acc = accumulators(rows, vectors, lanes, "int32")

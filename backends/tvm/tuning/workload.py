@@ -3,25 +3,17 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import sympy
 import tvm
 
-from t3c_compile.backends.tvm.kernels.conv import (
-    ChainSpec,
-    ConvSpec,
-    chain_windows,
-    conv_chain,
-    int8_conv2d,
-    seen_window,
-)
-from t3c_compile.backends.tvm.kernels.gemm import default_tile as default_linear_tile
+from t3c_compile.backends.tvm.kernels.conv import ChainSpec, ConvSpec, conv_chain, every_pixel, int8_conv2d
+from t3c_compile.backends.tvm.kernels.gemm import default_tile
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear, svd_linear
-from t3c_compile.backends.tvm.kernels.pixels import default_depthwise_tile, default_tile
 from t3c_compile.backends.tvm.kernels.tile import Tiles
-from t3c_compile.backends.tvm.kernels.window import Window
-from t3c_compile.backends.tvm.tuning.products import Depthwise, Pixels, Product, Rows
+from t3c_compile.backends.tvm.tuning.products import TiledProduct
 
 # The sizes of symbols in symbolic dimensions, as they are measured; of those not named, 1.
 Sizes = Mapping[str, int]
@@ -47,8 +39,8 @@ class Workload:
     def key(self) -> str:
         """The shape in words; every symbolic dimension is ``n``.
 
-        Without what leaves the order of tiles as it is: widths, biases and what a kernel ends with (the same work for
-        every element, whatever the tile), and the store's ranks, which are only a stride.
+        Without what leaves the order of tiles as it is: widths, biases, how images are read and what a kernel ends with
+        (the same work for every element, whatever the tile), and the store's ranks, which are only a stride.
         """
         s, isa = self.spec, self.isa.name
         if isinstance(s, LinearSpec):
@@ -72,51 +64,51 @@ class Workload:
             template = f"{s.form}_conv ranks={min(s.rank, s.ranks[0])}x{min(s.rank, s.ranks[1])}"
         return f"{isa} {template} {shape} {geometry}".rstrip()
 
-    def products(self, sizes: Sizes) -> tuple[Product, ...]:
-        """The products that have a tile each, in the order of ``tiles``."""
-        s, isa = self.spec, self.isa
+    def products(self, sizes: Sizes) -> tuple[TiledProduct, ...]:
+        """The products that have a tile each, in the order of ``tiles``; depthwise ones have none."""
+        s = self.spec
         if isinstance(s, LinearSpec):
-            rows = 1
-            for size in s.lead:
-                rows *= _size(size, sizes)
-            ends = [(s.inputs, s.rank), (s.rank, s.outputs)] if s.max_rank else [(s.inputs, s.outputs)]
-            return tuple(Rows(isa, default_linear_tile(isa), rows, n, m) for n, m in ends)
+            if s.max_rank:
+                return self._product(sizes, s.lead, s.inputs, s.rank), self._product(sizes, s.lead, s.rank, s.outputs)
+            return (self._product(sizes, s.lead, s.inputs, s.outputs),)
+        out, taps = (s.batch, s.window.pixels), s.window.kernel[0] * s.window.kernel[1]
         if isinstance(s, ConvSpec):
             if s.is_depthwise:
-                return (Depthwise(isa, default_depthwise_tile(), s.window, s.channels),)
-            w = seen_window(s.window)
-            return (_pixels(isa, w, w.kernel, s.channels // s.groups, s.outputs // s.groups, s.groups),)
+                return ()
+            return (self._product(sizes, out, s.channels // s.groups, s.outputs // s.groups, taps, s.groups),)
         k_in, k_out = min(s.rank, s.ranks[0]), min(s.rank, s.ranks[1])
-        first, *middle, last = chain_windows(s)
-        core: list[Product] = []
-        if s.form == "cp":
-            core = [Depthwise(isa, default_depthwise_tile(), middle[0], k_out)]
-        elif middle:
-            core = [_pixels(isa, middle[0], middle[0].kernel, k_in, k_out)]
+        first = out if s.form == "svd" else (s.batch, every_pixel(s.window).pixels)
         return (
-            _pixels(isa, first, (1, 1), s.channels, k_in),
-            *core,
-            _pixels(isa, last, (1, 1), k_out, s.outputs),
+            self._product(sizes, first, s.channels, k_in),
+            *([self._product(sizes, out, k_in, k_out, taps)] if s.form == "tucker2" else []),
+            self._product(sizes, out, k_out, s.outputs),
         )
 
-    def images(self, sizes: Sizes) -> int:
-        """How often the kernel goes through its products in a call."""
-        return 1 if isinstance(self.spec, LinearSpec) else _size(self.spec.batch, sizes)
+    def _product(
+        self, sizes: Sizes, lead: tuple[int | str, ...], inputs: int, outputs: int, taps: int = 1, groups: int = 1
+    ) -> TiledProduct:
+        known = all(isinstance(size, int) for size in lead)
+        rows = prod(_size(size, sizes) for size in lead)
+        default = default_tile(self.isa, rows if known else tvm.tirx.Var("rows", "int64"), outputs)
+        return TiledProduct(self.isa, default, rows, outputs, inputs, taps, groups)
 
     def operations(self, sizes: Sizes) -> int:
         """Multiplications and additions of a call."""
-        return 2 * self.images(sizes) * sum(product.multiply_adds for product in self.products(sizes))
+        s, total = self.spec, sum(product.multiply_adds for product in self.products(sizes))
+        if (isinstance(s, ConvSpec) and s.is_depthwise) or (isinstance(s, ChainSpec) and s.form == "cp"):
+            channels = s.channels if isinstance(s, ConvSpec) else s.rank
+            total += _size(s.batch, sizes) * s.window.pixels * channels * s.window.kernel[0] * s.window.kernel[1]
+        return 2 * total
 
     def arguments(self, sizes: Sizes) -> list[tuple[tuple[int, ...], str]]:
         """Shape and dtype of each argument and result."""
         return [
-            (tuple(_size(d.name if isinstance(d, tvm.tirx.Var) else int(d.value), sizes) for d in p.shape), p.dtype)
+            (
+                tuple(_size(d.name if isinstance(d, tvm.tirx.Var) else int(d.value), sizes) for d in p.shape),
+                str(p.dtype),
+            )
             for p in self.kernel().params
         ]
-
-
-def _pixels(isa: Isa, w: Window, kernel: tuple[int, int], inputs: int, outputs: int, groups: int = 1) -> Pixels:
-    return Pixels(isa, default_tile(isa, w), w, kernel[0] * kernel[1], inputs, outputs, groups)
 
 
 def _size(size: int | str, sizes: Sizes) -> int:
