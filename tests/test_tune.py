@@ -128,7 +128,7 @@ def test_lowering_takes_the_recorded_tiles(tmp_path: Path) -> None:
     file.append(Record(first, threads, (Tile(5, 1, 10),), 1e-6, 2e-6))
     file.append(Record(first, threads, (Tile(7, 1, 14),), None, None))
     # A gain too small to be one.
-    file.append(Record(second, threads, (Tile(2, 2, 8), Tile(3, 1, 6)), 1.98e-6, 2e-6))
+    file.append(Record(second, threads, (Tile(2, 2, 8), Tile(3, 1, 6)), 1.97e-6, 2e-6))
     plain, expected = build(tmp_path, "plain.so", None)
     tuned, found = build(tmp_path, "tuned.so", file.path)
     assert linear_kernels(plain) == ["kernel template: int8_linear", "kernel template: svd_linear"]
@@ -138,7 +138,7 @@ def test_lowering_takes_the_recorded_tiles(tmp_path: Path) -> None:
     ]
     np.testing.assert_array_equal(found, expected)
     again, _ = build(tmp_path, "again.so", file.path)
-    assert again.path.read_bytes() == tuned.path.read_bytes()
+    assert again.kernels == tuned.kernels
 
 
 def test_records_of_other_threads_keep_registers_alone(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _size(size: int | str, sizes: Sizes) -> int:
     """A dimension as it is measured; a symbolic one is an expression of symbols."""
     if isinstance(size, int):
         return size
-    expression = sympy.sympify(size)
+    expression = sympy.sympify(_plain(size))
     return int(expression.subs({symbol: sizes.get(str(symbol), 1) for symbol in expression.free_symbols}))
 
 
@@ -126,5 +126,10 @@ def _key_of(*dims: int | str) -> str:
         if isinstance(size, int):
             known *= size
         else:
-            names.append(re.sub(r"[A-Za-z_]\w*", "n", size).replace(" ", ""))
+            names.append(re.sub(r"[A-Za-z_]\w*", "n", _plain(size)).replace(" ", ""))
     return "*".join([*names, str(known)] if known > 1 or not names else names)
+
+
+def _plain(expression: str) -> str:
+    """A TIR expression without the types of its constants."""
+    return re.sub(r"T\.int\d+\((-?\d+)\)", r"\1", expression)
