@@ -24,12 +24,16 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Call:
-    """Kernel ``name`` on ``args`` writes an array of ``shape`` and ``dtype``."""
+    """Kernel ``name`` on ``args`` writes an array of ``shape`` and ``dtype``.
+
+    ``activations``: the first argument is int8 that the kernel takes in its dot product's form.
+    """
 
     name: str
     args: tuple[Array, ...]
     shape: tuple[int, ...]
     dtype: str
+    activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,19 @@ def run_calls(library: Path, calls: Sequence[Call]) -> list[Array]:
         module[call.name](*(tvm.runtime.tensor(a) for a in call.args), result)
         results.append(result.numpy())
     return results
+
+
+def calls_for(cases: Sequence[Case], target_name: str) -> list[Call]:
+    """The calls of ``cases`` as a target's kernels take them."""
+    from t3c_compile.backends.targets import get_target
+    from t3c_compile.backends.tvm.kernels.isa import isa_for
+
+    def call(c: Call) -> Call:
+        x, *others = c.args
+        return replace(c, args=((x.view("uint8") ^ 128), *others)) if c.activations else c
+
+    unsigned = isa_for(get_target(target_name)).unsigned
+    return [call(case.call) if unsigned else case.call for case in cases]
 
 
 def save_calls(path: Path, calls: Sequence[Call]) -> None:
@@ -161,9 +178,11 @@ class _Maker:
         self.rng = rng
         self.cases: list[Case] = []
 
-    def add(self, args: Sequence[Array], expected: object, kernel: Callable[..., object], name: str) -> None:
+    def add(
+        self, args: Sequence[Array], expected: object, kernel: Callable[..., object], name: str, images: bool = False
+    ) -> None:
         answer = expected.numpy()  # type: ignore[attr-defined]
-        call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype))
+        call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype), images)
         self.cases.append(Case(call, answer, kernel))
 
     def expression(self, function: Callable[..., object], args: Sequence[Array], expected: object, name: str) -> None:
@@ -274,7 +293,7 @@ class _Maker:
         packed = pack_numpy(spec.packing, weight)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
         args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
-        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d")
+        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", True)
         if c <= conv.MOST_PLANES:
             of_planes = replace(spec, planes=True)
             args = _present([*self.planes(x, zero_point), packed, scale, bias])
@@ -331,7 +350,7 @@ class _Maker:
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
             args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
-        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d")
+        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", True)
         if c <= conv.MOST_PLANES and (form != "svd" or s == 1):
             of_planes = replace(spec, planes=True)
             args[0], numbers = self.planes(x, zero_point)

@@ -82,10 +82,10 @@ class ChainSpec:
         return quads_of_conv((self.ranks[1], self.ranks[0], *self.window.kernel))
 
 
-def _input(s: ConvSpec | ChainSpec) -> tuple[Shape, str]:
+def _input(isa: Isa, s: ConvSpec | ChainSpec) -> tuple[Shape, str]:
     if s.planes:
         return (s.batch, s.channels, *s.window.size), "float32"
-    return (s.batch, *s.window.size, s.channels), "int8"
+    return (s.batch, *s.window.size, s.channels), isa.activation_dtype
 
 
 def _read(
@@ -102,8 +102,8 @@ def _read(
 
 @cache
 def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x [N, H, W, C], numbers, packed weight, float32 scale [O], float32 bias [O] if any, ``finish`` of
-    [N, H', W', O]).
+    """(x [N, H, W, C] as the dot product reads it, numbers, packed weight, float32 scale [O], float32 bias [O] if any,
+    ``finish`` of [N, H', W', O]).
 
     ``numbers`` (an argument, so that layers and profiles of one shape share a kernel): float32 x_scale, x_zero_point;
     of planes also 1 / scale and zero point of their quantization.
@@ -111,7 +111,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
     w = s.window
     with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d") as function:
         x, numbers, weight, scale, bias, *ends = function.args(
-            x=_input(s),
+            x=_input(isa, s),
             numbers=((4 if s.planes else 2,), "float32"),
             weight=(s.packing.shape, "int8"),
             scale=((s.outputs,), "float32"),
@@ -135,7 +135,8 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
 
 @cache
 def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
-    """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, ``finish``).
+    """(x as above, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any,
+    ``finish``).
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle; of planes
     also 1 / scale and zero point of their quantization.
@@ -146,7 +147,7 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
     with prim_func(f"{s.form}_conv") as function:
         x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
-            x=_input(s),
+            x=_input(isa, s),
             numbers=((6 if s.planes else 4,), "float32"),
             v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
             core=None if core_packing is None else (core_packing.shape, "int8"),
@@ -170,6 +171,7 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
             multiply(isa, first, images.rows(), v, middle(isa, last.buffer, last.place, mid_scale, x_to_h))
         else:
             h = Images(isa, w, batch, k_in, 0, written=True)
+            h.allocate()
             h.pad()
             multiply(isa, first, images.rows(), v, middle(isa, h.buffer, h.at, mid_scale, x_to_h))
             last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g)
