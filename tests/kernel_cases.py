@@ -24,12 +24,16 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Call:
-    """Kernel ``name`` on ``args`` writes an array of ``shape`` and ``dtype``."""
+    """Kernel ``name`` on ``args`` writes an array of ``shape`` and ``dtype``.
+
+    ``activations``: the first argument is int8 that the kernel takes in its dot product's form.
+    """
 
     name: str
     args: tuple[Array, ...]
     shape: tuple[int, ...]
     dtype: str
+    activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,19 @@ def run_calls(library: Path, calls: Sequence[Call]) -> list[Array]:
         module[call.name](*(tvm.runtime.tensor(a) for a in call.args), result)
         results.append(result.numpy())
     return results
+
+
+def calls_for(cases: Sequence[Case], target_name: str) -> list[Call]:
+    """The calls of ``cases`` as a target's kernels take them."""
+    from t3c_compile.backends.targets import get_target
+    from t3c_compile.backends.tvm.kernels.isa import isa_for
+
+    def call(c: Call) -> Call:
+        x, *others = c.args
+        return replace(c, args=((x.view("uint8") ^ 128), *others)) if c.activations else c
+
+    unsigned = isa_for(get_target(target_name)).unsigned
+    return [call(case.call) if unsigned else case.call for case in cases]
 
 
 def save_calls(path: Path, calls: Sequence[Call]) -> None:
@@ -163,10 +180,16 @@ class _Maker:
         self.cases: list[Case] = []
 
     def add(
-        self, args: Sequence[Array], expected: object, kernel: Callable[..., object], name: str, spec: object = None
+        self,
+        args: Sequence[Array],
+        expected: object,
+        kernel: Callable[..., object],
+        name: str,
+        images: bool = False,
+        spec: object = None,
     ) -> None:
         answer = expected.numpy()  # type: ignore[attr-defined]
-        call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype))
+        call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype), images)
         self.cases.append(Case(call, answer, kernel, spec))
 
     def expression(self, function: Callable[..., object], args: Sequence[Array], expected: object, name: str) -> None:
@@ -235,7 +258,7 @@ class _Maker:
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, bias=bias is not None)
         args = [x, _numbers(0.02, zero_point), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
-        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec)
+        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec=spec)
 
     def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int) -> None:
         from t3c_compile.backends.tvm.kernels import floats, pack
@@ -262,7 +285,7 @@ class _Maker:
         ]
         expected = _op("svd_linear", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, rank, bits)
         args = _present([x, _numbers(0.02 / 0.3, zero_point, 0.3), *packed, mid, gain, bias])
-        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear", spec)
+        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear", spec=spec)
 
     def int8_conv2d(
         self, n: int, c: int, h: int, w: int, o: int, k: int, s: int, p: int, d: int, g: int, bits: int, zero_point: int
@@ -277,7 +300,7 @@ class _Maker:
         packed = pack_numpy(spec.packing, weight)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
         args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
-        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", spec)
+        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", True, spec)
         if c <= conv.MOST_PLANES:
             of_planes = replace(spec, planes=True)
             args = _present([*self.planes(x, zero_point), packed, scale, bias])
@@ -334,7 +357,7 @@ class _Maker:
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
             args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
-        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", spec)
+        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", True, spec)
         if c <= conv.MOST_PLANES and (form != "svd" or s == 1):
             of_planes = replace(spec, planes=True)
             args[0], numbers = self.planes(x, zero_point)

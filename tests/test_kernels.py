@@ -7,7 +7,17 @@ from types import ModuleType
 import numpy as np
 import pytest
 import tvm
-from kernel_cases import Array, Case, build_cases, compile_cases, compile_module, pack_numpy, run_calls, save_calls
+from kernel_cases import (
+    Array,
+    Case,
+    build_cases,
+    calls_for,
+    compile_cases,
+    compile_module,
+    pack_numpy,
+    run_calls,
+    save_calls,
+)
 from tvm import te
 
 from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
@@ -33,7 +43,7 @@ def assert_close(case: Case, result: Array) -> None:
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
     path = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
     compile_cases(CASES, request.param, path)
-    return dict(zip((c.call.name for c in CASES), run_calls(path, [c.call for c in CASES]), strict=True))
+    return dict(zip((c.call.name for c in CASES), run_calls(path, calls_for(CASES, request.param)), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.call.name)
@@ -95,7 +105,7 @@ def test_host_uses_vnni_where_it_has_it() -> None:
 def test_kernels_on_arm64(arm64: ModuleType, target: str, cpu: str, tmp_path: Path) -> None:
     library, calls, results = tmp_path / "kernels.so", tmp_path / "calls.npz", tmp_path / "results.npz"
     compile_cases(CASES, target, library)
-    save_calls(calls, [case.call for case in CASES])
+    save_calls(calls, calls_for(CASES, target))
     script = Path(__file__).with_name("kernel_cases.py")
     done = arm64.run_python([str(script), str(library), str(calls), str(results)], cpu=cpu)
     assert done.returncode == 0, done.stderr

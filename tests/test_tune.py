@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from kernel_cases import build_cases, compile_module, run_calls
+from kernel_cases import build_cases, calls_for, compile_module, run_calls
 from nets import Mlp
 from tvm import rpc
 from tvm.runtime import vm as runtime
@@ -78,7 +79,8 @@ def test_no_tile_changes_a_result(name: str, tmp_path: Path) -> None:
     kernels = {f"{case.call.name}_{i}": workload.kernel(t) for i, t in enumerate(tiles)}
     functions = {n: k.with_attr("global_symbol", n) for n, k in kernels.items()}
     link(compile_module(functions, TARGET), TARGET, tmp_path / "tiles.so")
-    calls = [type(case.call)(n, case.call.args, case.call.shape, case.call.dtype) for n in kernels]
+    (call,) = calls_for([case], TARGET.name)
+    calls = [replace(call, name=n) for n in kernels]
     for which, result in zip(tiles, run_calls(tmp_path / "tiles.so", calls), strict=True):
         np.testing.assert_array_equal(result, case.expected, err_msg=str(which))
 

@@ -25,8 +25,8 @@ def _images(lower: Lowering, x: fx.Node, single: bool) -> tuple[relax.Expr, list
     """
     planes = x.args[0] if x.target == torch.ops.t3c.quantize_int8.default else None
     channels = x.meta["val"].shape[1]
-    if not isinstance(planes, fx.Node) or lower.is_channels_last(x) or channels > conv.MOST_PLANES or single:
-        images = lower.channels_last(x)
+    if not isinstance(planes, fx.Node) or lower.has_activations(x) or channels > conv.MOST_PLANES or single:
+        images = lower.activations(x)
         return images, shape_of(images), []
     batch, _, *size = shape_of(lower.value(planes))
     scale, zero_point = x.args[1:]
@@ -46,7 +46,7 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
         a["groups"],
         a["bits"],
         bias=a["bias"] is not None,
-        finish=lower.finish,
+        finish=lower.image_finish,
         planes=bool(planes),
     )
     weight = lower.packed(a["weight"], spec.packing)
@@ -73,7 +73,7 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
         a["bits"],
         gain=a["out_gain"] is not None,
         bias=a["bias"] is not None,
-        finish=lower.finish,
+        finish=lower.image_finish,
         planes=bool(planes),
     )
     h_scale = a["h_scale"]
@@ -100,7 +100,7 @@ def _max_pool2d(lower: Lowering, a: Arguments) -> relax.Var | None:
     kernel, stride, padding = ([v[0], v[-1]] for v in (a["kernel_size"], a["stride"] or a["kernel_size"], a["padding"]))
     window = _window({"stride": stride, "padding": padding, "dilation": (1, 1)}, size, kernel)
     rows, columns = lower.node.meta["val"].shape[2:]
-    pooled = pool.max_pool2d(lower.isa, dims([batch])[0], channels, window, (rows, columns), lower.finish)
+    pooled = pool.max_pool2d(lower.isa, dims([batch])[0], channels, window, (rows, columns), lower.image_finish)
     return lower.call_fused(pooled, [x], [batch, rows, columns, channels], channels_last=True)
 
 

@@ -6,6 +6,7 @@ from the raw one.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from t3c_compile.backends.tvm.fuse import Fused, fuse
 from t3c_compile.backends.tvm.kernels.finish import Finish
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
+from t3c_compile.backends.tvm.kernels.quantize import flip
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.relax_shapes import shape_of
 from t3c_compile.backends.tvm.tuning.workload import Spec, Workload
@@ -75,8 +77,9 @@ class Lowering:
         self._fused: Any = None
         # What kernels have made of the quantize nodes after them.
         self._forms: dict[fx.Node, relax.Var] = {}
-        # Images that lie as [batch, height, width, channels], by node.
+        # Images that lie as [batch, height, width, channels], by node; those in the dot product's form apart.
         self._channels_last: dict[fx.Node, relax.Var] = {}
+        self._activations: dict[fx.Node, relax.Var] = {}
 
     def run(self, converters: Mapping[str, "Converter"]) -> tvm.IRModule:
         """Import as ``main(*inputs, *stored)``; the packed tensors in :attr:`tensors` are free in its body."""
@@ -117,6 +120,23 @@ class Lowering:
         if node not in self._channels_last:
             self._channels_last[node] = self._moved(self.value(node), (0, 2, 3, 1))
         return self._channels_last[node]
+
+    def activations(self, node: fx.Node) -> relax.Var:
+        """The int8 images that ``node`` has become, channels-last and in the form the dot product reads."""
+        if node not in self._activations:
+            images = self.channels_last(node)
+            self._activations[node] = self.expression(flip, images, "uint8") if self.isa.unsigned else images
+        return self._activations[node]
+
+    def has_activations(self, node: fx.Node) -> bool:
+        """Whether a kernel has made the images of ``node`` in that form."""
+        return node in self._activations
+
+    def _int8_images(self, node: fx.Node, activations: relax.Var) -> relax.Var:
+        """Keep ``activations`` as ``node``'s; what reads them otherwise has them moved and in int8."""
+        self._activations[node] = activations
+        images = self.expression(flip, activations, "int8") if self.isa.unsigned else activations
+        return self._channels_first(node, images)
 
     def is_channels_last(self, node: fx.Node) -> bool:
         """Whether the images of ``node`` lie as [batch, height, width, channels]."""
@@ -183,25 +203,29 @@ class Lowering:
         finish: Finish = self._fused.finish
         return finish
 
+    @property
+    def image_finish(self) -> Finish:
+        """The same for a kernel whose results are images, channels-last."""
+        return replace(self.finish, offset=self.isa.offset)
+
     def call_fused(
         self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], channels_last: bool = False
     ) -> relax.Var | None:
         """Emit a call of ``kernel``, which ends as :attr:`finish`; its float32 result, None where it has none.
 
-        ``channels_last``: ``shape`` and all that the kernel adds and writes are so.
+        ``channels_last``: ``shape`` and all that the kernel adds and writes are so; it ends as :attr:`image_finish`.
         """
         fused: Fused = self._fused
         forms = [number for scale, zero_point in fused.forms for number in (1 / scale, zero_point)]
         added = map(self.channels_last if channels_last else self.value, fused.added)
         args = [*args, *added, scalars(*forms) if forms else None]
-        types = [relax.TensorType(shape, "float32")] * fused.floats + [relax.TensorType(shape, "int8")] * len(
-            fused.forms
-        )
+        form_type = relax.TensorType(shape, self.isa.activation_dtype if channels_last else "int8")
+        types = [relax.TensorType(shape, "float32")] * fused.floats + [form_type] * len(fused.forms)
         called = self._call(kernel, args, types if len(types) > 1 else types[0])
         results = [called] if len(types) == 1 else [self.emit(called[i]) for i in range(len(types))]
         for nodes, result in zip(fused.forms.values(), results[fused.floats :], strict=True):
             for node in nodes:
-                self._forms[node] = self._channels_first(node, result) if channels_last else result
+                self._forms[node] = self._int8_images(node, result) if channels_last else result
         if not fused.floats:
             return None
         return self._channels_first(fused.last, results[0]) if channels_last else results[0]

@@ -88,10 +88,10 @@ def every_pixel(w: Window) -> Window:
     return Window(w.size, (1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def _input(s: ConvSpec | ChainSpec) -> tuple[Shape, str]:
+def _input(isa: Isa, s: ConvSpec | ChainSpec) -> tuple[Shape, str]:
     if s.planes:
         return (s.batch, s.channels, *s.window.size), "float32"
-    return (s.batch, *s.window.size, s.channels), "int8"
+    return (s.batch, *s.window.size, s.channels), isa.activation_dtype
 
 
 def _read(
@@ -108,8 +108,8 @@ def _read(
 
 @cache
 def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
-    """(int8 x [N, H, W, C], numbers, packed weight, float32 scale [O], float32 bias [O] if any, ``finish`` of
-    [N, H', W', O]).
+    """(x [N, H, W, C] as the dot product reads it, numbers, packed weight, float32 scale [O], float32 bias [O] if any,
+    ``finish`` of [N, H', W', O]).
 
     ``numbers`` (an argument, so that layers and profiles of one shape share a kernel): float32 x_scale, x_zero_point;
     of planes also 1 / scale and zero point of their quantization.
@@ -117,7 +117,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     w = s.window
     with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d", tiles) as function:
         x, numbers, weight, scale, bias, *ends = function.args(
-            x=_input(s),
+            x=_input(isa, s),
             numbers=((4 if s.planes else 2,), "float32"),
             weight=(s.packing.shape, "int8"),
             scale=((s.outputs,), "float32"),
@@ -141,7 +141,8 @@ def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
 
 @cache
 def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
-    """(int8 x, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any, ``finish``).
+    """(x as above, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any,
+    ``finish``).
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle; of planes
     also 1 / scale and zero point of their quantization.
@@ -152,7 +153,7 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
     with prim_func(f"{s.form}_conv", tiles) as function:
         x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
-            x=_input(s),
+            x=_input(isa, s),
             numbers=((6 if s.planes else 4,), "float32"),
             v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
             core=None if core_packing is None else (core_packing.shape, "int8"),
@@ -177,6 +178,7 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
             multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
         else:
             h = Images(isa, w, batch, k_in, 0, written=True)
+            h.allocate()
             h.pad()
             to_h = middle(isa, h.buffer, h.at, mid_scale, x_to_h)
             multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))

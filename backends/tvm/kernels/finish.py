@@ -52,17 +52,23 @@ class Finish:
     """``steps`` in order, each ``add`` (of a tensor of the result's shape) or a name in :data:`ACTIVATIONS`.
 
     ``floats``: the float32 result is written. ``quantized``: how many int8 forms of it are, each with its own scale.
+    ``offset``: added to those forms for a dot product that wants them as uint8, else 0.
     """
 
     steps: tuple[str, ...] = ()
     floats: bool = True
     quantized: int = 0
+    offset: int = 0
+
+    @property
+    def form_dtype(self) -> str:
+        return "uint8" if self.offset else "int8"
 
     def arguments(self, shape: Shape) -> dict[str, tuple[Shape, str] | None]:
         """What a kernel takes after its own arguments: tensors to add, 1 / scale and zero point of each int8 form
         (float32), and the results."""
         added = {f"added{i}": (shape, "float32") for i in range(self.steps.count(ADD))}
-        forms = {f"q{i}": (shape, "int8") for i in range(self.quantized)}
+        forms = {f"q{i}": (shape, self.form_dtype) for i in range(self.quantized)}
         return {
             **added,
             "forms": ((2 * self.quantized,), "float32") if self.quantized else None,
@@ -97,7 +103,10 @@ class Writer:
         if self._y is not None:
             store_partial(self._y, index, value, lanes, valid)
         for q, inverse, zero_point in self._forms:
-            store_partial(q, index, quantized(value, inverse, zero_point, lanes), lanes, valid)
+            form = quantized_int32(value, inverse, zero_point, lanes)
+            if self._finish.offset:
+                form = form + fill(T.int32(self._finish.offset), lanes)
+            store_partial(q, index, T.cast(form, vec(self._finish.form_dtype, lanes)), lanes, valid)
 
     def copy(self, source: Callable[[Index, int], Expr], start: Index, count: Index, lanes: int) -> None:
         """Write ``count`` results from element ``start`` on; ``source(i, lanes)`` reads them.

@@ -85,24 +85,22 @@ def row_stride(inputs: int) -> int:
     return ceil_div(inputs, BLOCK) * BLOCK
 
 
-def activation(isa: Isa, value: Expr, lanes: int) -> Expr:
-    """int8 ``value`` in the form the dot product reads."""
-    if not isa.unsigned:
-        return value
-    return T.reinterpret(vec("uint8", lanes), value) ^ fill(T.uint8(128), lanes)
-
-
 def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
     """Copy int8 ``x`` [rows, inputs] to the form ``multiply`` reads."""
     stride, lanes = row_stride(inputs), isa.lanes * QUAD
     prepared = scratch_rows(isa, rows, inputs)
+
+    def convert(value: Expr, n: int) -> Expr:
+        if not isa.unsigned:
+            return value
+        return T.reinterpret(vec("uint8", n), value) ^ fill(T.uint8(isa.offset), n)
 
     @for_each(rows, product((rows, inputs)))
     def _(row: Index) -> None:
         chunks(
             inputs,
             lanes,
-            lambda i, n: store(prepared.buffer, row * stride + i, activation(isa, load(x, row * inputs + i, n), n), n),
+            lambda i, n: store(prepared.buffer, row * stride + i, convert(load(x, row * inputs + i, n), n), n),
         )
         if inputs % QUAD:
             with T.serial(0, QUAD - inputs % QUAD) as i:

@@ -18,6 +18,13 @@ def quantize(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
     return te.compute(x.shape, lambda *i: quantized(x(*i), numbers(0), numbers(1), 1), name="quantize")
 
 
+def flip(q: te.Tensor, dtype: str) -> te.Tensor:
+    """int8 to uint8 with 128 added, or back."""
+    return te.compute(
+        q.shape, lambda *i: T.reinterpret(dtype, T.reinterpret("uint8", q(*i)) ^ T.uint8(128)), name="flip"
+    )
+
+
 def dequantize(q: te.Tensor, numbers: te.Tensor) -> te.Tensor:
     """int8 to float32: ``(q - numbers[1]) * numbers[0]``; ``numbers``: float32 scale and zero point."""
 

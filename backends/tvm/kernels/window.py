@@ -22,7 +22,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
 )
 from t3c_compile.backends.tvm.kernels.finish import quantized_int32
-from t3c_compile.backends.tvm.kernels.gemm import Rows, activation, row_stride
+from t3c_compile.backends.tvm.kernels.gemm import Rows, row_stride
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
 # Bytes past the end that the last word or vector of channels may read.
@@ -70,10 +70,10 @@ class Window:
 
 
 class Images:
-    """Scratch for a batch of int8 images with ``channels`` values a pixel, as ``window`` reads them.
+    """A batch of images with ``channels`` values a pixel, in the form the dot product reads, as ``window`` reads them.
 
     ``zero`` is the int8 value of padding. ``written``: a kernel's product writes them, in whole vectors; else they are
-    copied in by :meth:`read`, and where the window reads single pixels, those alone.
+    read from a tensor, and where the window reads single pixels, those alone.
     """
 
     def __init__(self, isa: Isa, window: Window, batch: Index, channels: int, zero: Index, written: bool) -> None:
@@ -82,8 +82,12 @@ class Images:
         self._size = window.out if self._picked else window.spread
         self._channels = channels
         self._stride = row_stride(channels) if written else ceil_div(channels, QUAD) * QUAD
-        count = product((batch, *self._size, self._stride))
-        self.buffer = T.alloc_buffer((count + _SLACK,), isa.activation_dtype)
+        self.buffer: Buffer = None
+
+    def allocate(self) -> None:
+        """Scratch for them."""
+        count = product((self._batch, *self._size, self._stride))
+        self.buffer = T.alloc_buffer((count + _SLACK,), self._isa.activation_dtype)
 
     def at(self, pixel: Index) -> Index:
         """Element of a pixel of the unpadded images, counted over the batch."""
@@ -115,14 +119,18 @@ class Images:
         return Rows(self.buffer, place, w.kernel, shift)
 
     def read(self, x: Buffer) -> None:
-        """Copy int8 ``x`` [batch, H, W, channels] in, and write the padding."""
+        """Take ``x`` [batch, H, W, channels], in the dot product's form: as it lies, or copied and padded."""
         w, (rows, columns), channels = self._window, self._size, self._channels
+        if self._picked and w.stride == (1, 1) and channels == self._stride:
+            self.buffer = x
+            return
+        self.allocate()
         step = w.stride if self._picked else (1, 1)
         inside = (rows, columns) if self._picked else w.size
         top, left = w.padding
         joined = step[1] == 1 and channels == self._stride
 
-        @for_each(self._batch * inside[0], 4 * product((self._batch, *inside, self._stride)))
+        @for_each(self._batch * inside[0], 8 * product((self._batch, *inside, self._stride)))
         def _(task: Index) -> None:
             image, y = T.bind(task // inside[0]), T.bind(task % inside[0])
             source = T.bind((image * w.size[0] + y * step[0]) * (w.size[1] * channels))
@@ -141,6 +149,7 @@ class Images:
         ``inverse`` (1 / scale) and ``zero_point`` are float32 scalars.
         """
         isa, w, (rows, columns), channels = self._isa, self._window, self._size, self._channels
+        self.allocate()
         assert self._stride == QUAD
         assert not self._picked or w.stride == (1, 1)
         (height, width), (top, left) = w.size, w.padding
@@ -182,12 +191,8 @@ class Images:
                 self._blank(row + (left + w.size[1]) * self._stride, (columns - left - w.size[1]) * self._stride)
 
     def _copy(self, x: Buffer, source: Index, target: Index, count: int) -> None:
-        isa = self._isa
-        chunks(
-            count,
-            isa.lanes * QUAD,
-            lambda i, n: store(self.buffer, target + i, activation(isa, load(x, source + i, n), n), n),
-        )
+        lanes = self._isa.lanes * QUAD
+        chunks(count, lanes, lambda i, n: store(self.buffer, target + i, load(x, source + i, n), n))
 
     def _blank(self, start: Index, count: int) -> None:
         isa = self._isa
