@@ -27,6 +27,7 @@ from t3c_compile import cli
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library, link
 from t3c_compile.backends.tvm.kernels.emit import prim_func, store
+from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec
 from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles
@@ -202,6 +203,8 @@ def test_every_shipped_record_fits() -> None:
         records, cpu = read(path)
         assert cpu == path.stem
         assert all(len(group) == 1 and group[0].ratio <= 1 for group in records.values())
+        tiles = [tile for (record,) in records.values() for tile in record.tiles]
+        assert all(1 <= tile.rows <= SPARE_ROWS and tile.vectors >= 1 and tile.chunk >= 1 for tile in tiles)
 
 
 class Simulated(Runner):
@@ -300,13 +303,19 @@ def test_a_crash_or_a_hang_ends_the_measuring_process_alone(tmp_path: Path, monk
             assert found.shape == (2, 1)
 
 
-def test_measuring_on_an_rpc_server() -> None:
+def test_measuring_on_an_rpc_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
     server = rpc.Server(host="127.0.0.1", key="device", silent=True)
     try:
         with Runner(TARGET, 1, f"127.0.0.1:{server.port}", "device") as runner:
             found = runner.measure(runner.compile({"peak": peak(ISA)}), ["peak"], peak_arguments(ISA), 3)
             assert found is not None
             assert found.shape == (3, 1)
+        with (
+            Runner(TARGET, 2, f"127.0.0.1:{server.port}", "device") as runner,
+            pytest.raises(DeviceError, match="runs 1 threads, not 2: start its RPC server with TVM_NUM_THREADS=2"),
+        ):
+            runner.measure(Path("never.so"), [], [], 1)
     finally:
         server.terminate()
     with Runner(TARGET, 1, f"127.0.0.1:{server.port}", "device") as runner, pytest.raises(DeviceError, match="start"):

@@ -52,10 +52,14 @@ def _times(session: Any, request: dict[str, Any]) -> list[list[float]]:
 
 
 def _main(threads: str, device: str = "", key: str = "") -> None:
+    # Unless told, TVM takes every other core for a second thread of the one before; only the variable tells it.
+    os.environ["TVM_NUM_THREADS"] = threads
     if not device and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: int(threads)]))
     session = _session(device or None, key)
-    session.get_function("runtime.config_threadpool")(1, int(threads))
+    found = session.get_function("runtime.NumThreads")()
+    if found != int(threads):
+        sys.exit(f"the device runs {found} threads, not {threads}: start its RPC server with TVM_NUM_THREADS={threads}")
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(_times(session, json.loads(line))), flush=True)
