@@ -62,14 +62,17 @@ def test_a_wrong_step_in_the_middle_is_seen() -> None:
         pack.quads_of_matrix((9, 40), transposed=True),
         pack.quads_of_conv((12, 5, 3, 3), groups=2),
         pack.lanes_of_matrix((20, 7), "float32"),
+        pack.lanes_of_matrix((9, 40), "int8", transposed=True),
+        pack.nibbles_of_matrix((33, 18)),
+        pack.nibbles_of_matrix((9, 40), transposed=True),
     ],
     ids=lambda p: f"{p.layout}{p.raw_shape}",
 )
 def test_pack_kernel(packing: pack.Packing) -> None:
-    raw = np.arange(np.prod(packing.raw_shape)).astype(packing.dtype).reshape(packing.raw_shape)
+    raw = (np.arange(np.prod(packing.raw_shape)) % 239 - 119).astype(packing.dtype).reshape(packing.raw_shape)
     kernel = pack.pack(packing).with_attr("global_symbol", "pack")
     module = compile_module({"pack": kernel}, get_target("x86_64"))
-    packed = tvm.runtime.tensor(np.ones(packing.shape, packing.dtype))
+    packed = tvm.runtime.tensor(np.ones(packing.shape, packing.packed_dtype))
     module["pack"](tvm.runtime.tensor(raw), packed)
     np.testing.assert_array_equal(packed.numpy(), pack_numpy(packing, raw))
 

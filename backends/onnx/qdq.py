@@ -87,6 +87,13 @@ class Expansion:
         y = self._matmul(x, self._transposed(self._weight(weight, bits)), self._scale(scale, bits))
         return self._plus(y, bias, flat=False)
 
+    def svd_weight_only_linear(
+        self, x: Value, v: Value, u: Value, mid_scale: Value, bias: Value | None, rank: int, bits: int
+    ) -> Value:
+        h = self._matmul(x, self._transposed(self._weight(v, bits, rank)), self._scale(mid_scale, bits, rank))
+        y = self._matmul(h, self._weight(u, bits, rank), self._scale(None, bits))
+        return self._plus(y, bias, flat=False)
+
     def int8_embedding(self, indices: Value, weight: Value, scale: Value, bits: int) -> Value:
         rows = self._op("Cast", self._op("Gather", self._weight(weight, bits), indices, axis=0), to=ir.DataType.FLOAT)
         scales = self._op("Gather", self._scale(scale, bits), indices, axis=0)
