@@ -1,13 +1,11 @@
 """Weight-only decoding end to end: integer weights, float32 activations, a key-value cache passed in and out."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 pytest.importorskip("transformers")
 
@@ -34,7 +32,7 @@ class Built:
     """A small Llama with tied tables, weight-only: a profile at 4 bits, one between, one at 8."""
 
     def __init__(self, folder: Path) -> None:
-        self.decoder = decode_llama.build(True, tie_word_embeddings=True)
+        self.decoder = decode_llama.build(True, tie_word_embeddings=True, num_hidden_layers=1)
         generator = torch.Generator().manual_seed(3)
         self.prompts = torch.randint(2, 160, (2, 5), generator=generator)
         self.inputs = decode_llama.inputs(self.decoder, self.prompts, LENGTH)
@@ -63,7 +61,7 @@ def test_every_linear_is_weight_only(built: Built) -> None:
     for graph in built.graphs.values():
         ops = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert not [op for op in ops if "quantize_int8" in op or op.startswith(("t3c.int8_linear", "t3c.svd_linear"))]
-        assert sum("weight_only_linear" in op for op in ops) == 2 * 7 + 1
+        assert sum("weight_only_linear" in op for op in ops) == 7 + 1
     weight_only = built.graphs[high.name].state_dict()
     own = {name: layer.activations() for name, layer in elastic_layers(transform(built.decoder, built.inputs))}
     int8 = specialize(built.elastic, high.options, own, built.profiles.store_ranks())
@@ -101,7 +99,10 @@ def test_onnx_runtime_decodes_too(built: Built, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     folder = export_onnx(built.elastic, built.profiles.profiles, tmp_path / "llama-onnx", built.inputs)
     for profile in built.profiles.profiles:
-        session = onnxruntime.InferenceSession(folder / f"{profile.name}.onnx")
+        options = onnxruntime.SessionOptions()
+        # Else it rounds what its weight-only products read to int8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        session = onnxruntime.InferenceSession(folder / f"{profile.name}.onnx", options)
         feeds = dict(zip((x.name for x in session.get_inputs()), (x.numpy() for x in built.inputs), strict=True))
         with torch.no_grad():
             expected = built.graphs[profile.name](*built.inputs)[0].numpy()
@@ -130,7 +131,7 @@ def test_convolutions_keep_int8_activations() -> None:
     ops = {str(node.target) for node in specialize(elastic, profile.options, profile.activations).graph.nodes}
     assert "t3c.quantize_int8.default" in ops
     assert "t3c.svd_weight_only_linear.default" in ops
-    with pytest.raises(PassConditionError, match="layer 0.*convolution"):
+    with pytest.raises(PassConditionError, match=r"layer 0.*convolution"):
         specialize(elastic, profile.options, {"0": {}, "3": {}})
     with pytest.raises(T3CError, match="int8 or float32"):
         elastic.set_activation_dtype("bfloat16")
