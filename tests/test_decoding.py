@@ -14,6 +14,7 @@ from examples import decode_llama
 from t3c_compile.artifact import lower
 from t3c_compile.backends.onnx import export_onnx
 from t3c_compile.backends.targets import get_target
+from t3c_compile.backends.tvm.fuse import fuse
 from t3c_compile.checkpoint import Checkpoint
 from t3c_compile.cost import layer_cost, profile_cost
 from t3c_compile.passes.elastic import elastic_layers
@@ -77,6 +78,13 @@ def test_the_specialized_graph_is_the_elastic_one(built: Built) -> None:
         with torch.no_grad():
             expected, found = built.elastic(*built.inputs)[0], built.graphs[profile.name](*built.inputs)[0]
         assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_kernels_end_with_what_follows_them(built: Built) -> None:
+    """The residuals are added and the gate's activation applied where the products are formed."""
+    for graph in built.graphs.values():
+        found = [fused for fused in fuse(graph.graph) if "weight_only" in str(fused.head.target)]
+        assert sorted(fused.steps for fused in found) == [[]] * 5 + [["add"], ["add"], ["silu_f32"]]
 
 
 def test_greedy_tokens_and_logits_are_torchs(built: Built) -> None:
