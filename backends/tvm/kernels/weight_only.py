@@ -175,6 +175,8 @@ def _multiply(isa: Isa, rows: Index, outputs: int, inputs: int, x: Buffer, weigh
         _few_rows(isa, most, rows, outputs, inputs, x, weight, scaled)
 
     def many() -> None:
+        # The same number here; said so, that no body for one row is emitted.
+        count = static(rows) or T.max(rows, _FEW_ROWS + 1)
         last = ceil_div(outputs, BLOCK) - 1
 
         def read(column: Index, k: Index) -> Expr:
@@ -185,13 +187,13 @@ def _multiply(isa: Isa, rows: Index, outputs: int, inputs: int, x: Buffer, weigh
         float_product(
             isa,
             1,
-            rows,
+            count,
             outputs,
             inputs,
             lambda _, row: row * inputs,
             x,
             lambda _: Right(read, False),
-            lambda _, row, column, sums: scaled(row, column, sums),
+            lambda _, *result: scaled(*result),
             isa.lanes,
         )
 
