@@ -85,28 +85,26 @@ def build_cases() -> list[Case]:
         (100, 129, 130, 4, -3),
     ]:
         make.int8_linear(rows, inputs, outputs, bits, zero_point)
-    for rows, inputs, outputs, bits in [
-        (1, 64, 64, 8),
-        (1, 130, 257, 4),
-        (1, 5, 3, 6),
-        (1, 1025, 1031, 4),
-        (1, 1100, 1000, 8),
-        (2, 33, 17, 4),
-        (3, 70, 150, 7),
-        (4, 40, 10, 4),
-        (5, 129, 130, 8),
-        (13, 33, 17, 6),
-        (197, 77, 100, 4),
+    for rows, inputs, outputs, bits, symbolic in [
+        (1, 64, 64, 8, False),
+        (1, 130, 257, 4, True),
+        (1, 5, 3, 6, False),
+        (1, 1025, 1031, 4, False),
+        (2, 33, 17, 4, False),
+        (3, 70, 150, 7, True),
+        (4, 40, 10, 4, False),
+        (5, 129, 130, 8, True),
+        (197, 77, 100, 4, False),
     ]:
-        make.weight_only_linear(rows, inputs, outputs, bits)
-    for rows, inputs, outputs, max_rank, rank, bits in [
-        (1, 64, 96, 32, 16, 8),
-        (1, 70, 90, 48, 33, 4),
-        (3, 17, 5, 7, 7, 4),
-        (4, 30, 50, 21, 9, 6),
-        (101, 30, 50, 21, 13, 4),
+        make.weight_only_linear(rows, inputs, outputs, bits, symbolic)
+    for rows, inputs, outputs, max_rank, rank, bits, symbolic in [
+        (1, 64, 96, 32, 16, 8, False),
+        (1, 70, 90, 48, 33, 4, True),
+        (3, 17, 5, 7, 7, 4, False),
+        (4, 30, 50, 21, 9, 6, False),
+        (101, 30, 50, 21, 13, 4, True),
     ]:
-        make.svd_weight_only_linear(rows, inputs, outputs, max_rank, rank, bits)
+        make.svd_weight_only_linear(rows, inputs, outputs, max_rank, rank, bits, symbolic)
     for rows, inputs, outputs, max_rank, rank, bits, zero_point in [
         (8, 64, 96, 32, 16, 8, 3),
         (5, 30, 50, 21, 9, 6, -128),
@@ -250,7 +248,7 @@ class _Maker:
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
         self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
 
-    def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int) -> None:
+    def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int, symbolic: bool) -> None:
         from t3c_compile.backends.tvm.kernels import weight_only
 
         x, w = self.floats(rows, inputs), self.weights(outputs, inputs)
@@ -258,12 +256,12 @@ class _Maker:
         scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
         args = _present([x, pack_numpy(weight_only.weight_packing(w.shape, bits), w), scale, bias])
         expected = _op("weight_only_linear", x, w, scale, bias, bits)
-        # Known and unknown rows take the same weights to the same bits.
-        for lead in ((rows,), ("n",)):
-            spec = weight_only.WeightOnlySpec(lead, inputs, outputs, bits, bias is not None)
-            self.add(args, expected, partial(weight_only.weight_only_linear, s=spec), "weight_only_linear")
+        spec = weight_only.WeightOnlySpec(("n" if symbolic else rows,), inputs, outputs, bits, bias is not None)
+        self.add(args, expected, partial(weight_only.weight_only_linear, s=spec), "weight_only_linear")
 
-    def svd_weight_only_linear(self, rows: int, inputs: int, outputs: int, max_rank: int, rank: int, bits: int) -> None:
+    def svd_weight_only_linear(
+        self, rows: int, inputs: int, outputs: int, max_rank: int, rank: int, bits: int, symbolic: bool
+    ) -> None:
         from t3c_compile.backends.tvm.kernels import weight_only
 
         x, v, u = self.floats(rows, inputs), self.weights(max_rank, inputs), self.weights(max_rank, outputs)
@@ -274,9 +272,9 @@ class _Maker:
         ]
         args = _present([x, *packed, mid, bias])
         expected = _op("svd_weight_only_linear", x, v, u, mid, bias, rank, bits)
-        for lead in ((rows,), ("n",)):
-            spec = weight_only.WeightOnlySpec(lead, inputs, outputs, bits, bias is not None, max_rank, rank)
-            self.add(args, expected, partial(weight_only.svd_weight_only_linear, s=spec), "svd_weight_only_linear")
+        lead = ("n" if symbolic else rows,)
+        spec = weight_only.WeightOnlySpec(lead, inputs, outputs, bits, bias is not None, max_rank, rank)
+        self.add(args, expected, partial(weight_only.svd_weight_only_linear, s=spec), "svd_weight_only_linear")
 
     def svd_linear(
         self, rows: int, inputs: int, outputs: int, max_rank: int, rank: int, bits: int, zero_point: int
