@@ -6,8 +6,8 @@ Llama of TinyLlama-1.1B's widths, ours against ONNX Runtime (MatMulNBits) and Op
 Bandwidth is measured by ``benchmarks/gemv.py``. Engines take turns in processes of their own, as in
 ``benchmarks/latency.py``; a figure is the median over rounds of a round's median, ``fastest`` the least time of one
 call. ``of_best_peer`` is the ratio to the better peer at the same width, ``error`` the relative 2-norm of the
-difference of the logits from torch's in float32. Results go to ``benchmarks/results/decode.json``; prepared models
-stay in ``build/latency``.
+difference of the logits from torch's in float32. Results go to ``benchmarks/results/decode.json``, in place of those of
+the same numbers of threads; prepared models stay in ``build/latency``.
 """
 
 import argparse
@@ -81,8 +81,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the decoder (default 4; TinyLlama-1.1B has 22)")
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     chosen = parser.parse_args()
-    rates: list[Row] = []
-    times: list[Row] = []
+    kept: dict[str, list[Row]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rates, times = (
+        [row for row in kept.get(part, []) if row["threads"] not in chosen.threads] for part in ("bandwidth", "steps")
+    )
     with Progress(transient=True) as bar:
         for threads in bar.track(chosen.threads, description="bandwidth"):
             rates += bandwidth(threads)
