@@ -4,9 +4,10 @@ Llama of TinyLlama-1.1B's widths, ours against ONNX Runtime (MatMulNBits) and Op
     python -m benchmarks.decode [--threads 1 2] [--layers 4] [--engines ...]
 
 Bandwidth is measured by ``benchmarks/gemv.py``. Engines take turns in processes of their own, as in
-``benchmarks/latency.py``; a figure is the median over rounds of a round's median, ``fastest`` the least time of one
-call. ``of_best_peer`` is the ratio to the better peer at the same width, ``error`` the relative 2-norm of the
-difference of the logits from torch's in float32. Results go to ``benchmarks/results/decode.json``, in place of those of
+``benchmarks/latency.py``; a figure is the median over rounds of a round's median, ``cpu_ms`` the time that the engine's
+threads had the processor (with several threads that counts those that wait). ``of_best_peer`` is the ratio to the better
+peer at the same width, ``error`` the relative 2-norm of the difference of the logits from torch's in float32; weights are
+random, and have one scale an output at ours, one for 32 or 128 inputs at the peers' 4 bits. Results go to ``benchmarks/results/decode.json``, in place of those of
 the same numbers of threads; prepared models stay in ``build/latency``.
 """
 
@@ -60,16 +61,16 @@ def steps(layers: int, threads: int, engines: list[str], bar: Progress) -> list[
         for _ in bar.track(range(_ROUNDS), description=f"{layers} layers, {threads} threads"):
             for engine in opened:
                 engine.turn()
+        processor = {engine.name: engine.processor_time() for engine in opened}
     finally:
         for engine in opened:
             engine.close()
     for engine in opened:
-        width = engine.name.rpartition("_")[2]
-        peers = [e for e in opened if e.name.endswith(width) and not e.name.startswith("t3c")]
-        ms, best = median(engine.times), min((median(e.times) for e in peers), default=None)
-        least = min((e.fastest for e in peers), default=None)
-        row = {"engine": engine.name, "ms": ms, "of_best_peer": best and ms / best}
-        row |= {"fastest": engine.fastest, "fastest_of_best_peer": least and engine.fastest / least}
+        row = {"engine": engine.name, "ms": median(engine.times), "cpu_ms": processor[engine.name]}
+        for name, of in (("ms", {e.name: median(e.times) for e in opened}), ("cpu_ms", processor)):
+            width = engine.name.rpartition("_")[2]
+            peers = [time for peer, time in of.items() if peer.endswith(width) and not peer.startswith("t3c")]
+            row[f"{name}_of_best_peer"] = of[engine.name] / min(peers) if peers else None
         rows.append(row | {"error": engine.error})
     case = {"layers": layers, "threads": threads, "load": round(os.getloadavg()[0], 2)}
     return [case | row for row in sorted(rows, key=lambda row: -row.get("ms", 1e9))]

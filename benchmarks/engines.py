@@ -1,7 +1,8 @@
 """Engines that ``benchmarks/latency.py`` compares: how each prepares a model, and how each runs it.
 
 ``prepare`` writes what the engine needs into a folder, once; ``open_engine`` gives a function of one call. Run as
-a program, this file is the process of one engine: it answers every input line ``run N`` with N times in milliseconds.
+a program, this file is the process of one engine: it answers every input line ``run N`` with N times in milliseconds,
+and ``cpu N`` with N times that its threads had the processor.
 """
 
 import json
@@ -225,10 +226,11 @@ def serve(open_engine: Callable[[str, str, Path, int], Call], arguments: Sequenc
     print(json.dumps({"error": error}), flush=True)
     for line in sys.stdin:
         times = []
+        clock = time.process_time if line.startswith("cpu") else time.perf_counter
         for _ in range(int(line.split()[1])):
-            start = time.perf_counter()
+            start = clock()
             call()
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (clock() - start))
         print(json.dumps(times), flush=True)
 
 
