@@ -107,6 +107,11 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help=_DATA_HELP)
     command.add_argument("--conv", choices=("tucker2", "cp"), default="tucker2", help="form of k x k convolutions")
     command.add_argument("--keep", action="append", default=[], help="glob of layer names to leave alone")
+    command.add_argument(
+        "--activations",
+        choices=("int8", "float32"),
+        help="of linear layers; float32 (weight-only) is for decoding (default as in the checkpoint, else int8)",
+    )
 
 
 def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
@@ -114,7 +119,10 @@ def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
     from t3c_compile.transforming import Config
 
     config = Config(conv=arguments.conv, keep=tuple(arguments.keep))
-    return load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty(), resume)
+    checkpoint = load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty(), resume)
+    if arguments.activations is not None:
+        checkpoint.model.set_activation_dtype(arguments.activations)
+    return checkpoint
 
 
 def _writable(path: str) -> Path:
