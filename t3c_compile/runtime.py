@@ -239,8 +239,11 @@ def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
 
 
 def _import_runtime() -> tuple[Any, Any, Any]:
-    """TVM's runtime, its virtual machine and FFI. In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM;
-    elsewhere the runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing."""
+    """TVM's runtime, its virtual machine and FFI.
+
+    In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM; elsewhere the
+    runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing.
+    """
     lean = "torch" not in sys.modules and "tvm" not in sys.modules
     if lean:
         os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
