@@ -5,11 +5,11 @@ Llama of TinyLlama-1.1B's widths, ours against ONNX Runtime (MatMulNBits) and Op
 
 Bandwidth is measured by ``benchmarks/gemv.py``. Engines take turns in processes of their own, as in
 ``benchmarks/latency.py``; a figure is the median over rounds of a round's median, ``cpu_ms`` the time that the
-engine's threads had the processor (with several threads that counts those that wait). ``of_best_peer`` is the ratio to
-the better peer at the same width, ``error`` the relative 2-norm of the difference of the logits from torch's in
-float32; weights are random, and have one scale an output at ours, one for 32 or 128 inputs at the peers' 4 bits.
-Results go to ``benchmarks/results/decode.json``, in place of those of the same numbers of threads; prepared models stay
-in ``build/latency``.
+engine's threads had the processor (of several threads, also while they wait for each other). ``of_best_peer`` is the
+ratio to the better peer at the same width. ``error`` is the relative 2-norm of the difference of the logits from
+torch's in float32: weights are random, and at 4 bits ours have one scale an output, the peers' one for 32 or 128
+inputs. Results go to ``benchmarks/results/decode.json``, in place of those of the same numbers of threads; prepared
+models stay in ``build/latency``.
 """
 
 import argparse
