@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("inputs", nargs="*", help=".npy files; random inputs where none is given")
     for name, unit in (("latency-ms", "milliseconds"), ("energy-mj", "millijoules"), ("size-mb", "megabytes")):
         c.add_argument(f"--{name}", type=float, help=f"budget in {unit}")
+    c.add_argument("--max-drift", type=float, help="run the cheapest profile certified to drift less, in 2-norm")
     c.add_argument("--profile", help="run this profile instead of choosing by budget")
     c.add_argument("--target", help="which of the artifact's targets")
     c.add_argument("-o", "--output", help=".npy file for the first output")
@@ -262,7 +263,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.profile:
         profile = session.set_profile(arguments.profile)
     else:
-        profile = session.set_budget(Budget(arguments.latency_ms, arguments.energy_mj, arguments.size_mb))
+        limits = (arguments.latency_ms, arguments.energy_mj, arguments.size_mb, arguments.max_drift)
+        profile = session.set_budget(Budget(*limits))
     output = session.run(*inputs)
     first = output[0] if isinstance(output, tuple) else output
     if arguments.output:
