@@ -31,7 +31,7 @@ from t3c_compile import qemu
 from t3c_compile.conformal import CertificateError, ConformalCertificate, ProfileBounds
 from t3c_compile.drift import METRICS, Array, agrees, drifts, logits_of, scales
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, read_manifest, write_manifest
-from t3c_compile.runtime import Session, load, refusal
+from t3c_compile.runtime import Session, checked_inputs, load, refusal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -208,15 +208,14 @@ def _full_profile(manifest: Manifest) -> int | None:
 
 
 def _samples(inputs: Sequence[Array], manifest: Manifest) -> int:
-    """How many samples ``inputs`` hold."""
+    """How many samples ``inputs`` hold, which are as the manifest describes them."""
     for entry in manifest["inputs"]:
         if not entry["shape"] or entry["shape"][0] not in ("batch", 1):
             raise CertificateError(
                 f"input {entry['name']!r} has shape {entry['shape']}: certify needs the samples of a call along the "
                 "first dimension; lower the model with a free batch, or a batch of 1"
             )
-    if len(inputs) != len(manifest["inputs"]):
-        raise CertificateError(f"{len(inputs)} inputs given, the model takes {len(manifest['inputs'])}")
+    checked_inputs([array[:1] if np.ndim(array) else array for array in inputs], manifest["inputs"])
     counts = {len(array) for array in inputs}
     if len(counts) != 1:
         raise CertificateError(f"inputs hold different numbers of samples: {sorted(counts)}")

@@ -11,7 +11,6 @@ from typing import Any
 
 from t3c_compile.backends.targets import get_target, list_targets
 from t3c_compile.budget import Budget, BudgetError
-from t3c_compile.drift import METRICS
 from t3c_compile.manifest import ArtifactError, read_manifest
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.show import show, summarize_options
@@ -290,6 +289,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         _show_files(arguments.artifact, read_profiles(arguments.artifact), arguments.json)
         return
+    from t3c_compile.drift import METRICS
+
     manifest = read_manifest(Path(arguments.artifact))
     certificates = {name: entry["conformal"] for name, entry in manifest["targets"].items() if "conformal" in entry}
     rows = []

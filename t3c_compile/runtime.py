@@ -102,6 +102,25 @@ def choose(profiles: Sequence[ProfileInfo], budget: Budget) -> ProfileInfo:
     )
 
 
+def checked_inputs(inputs: Sequence[Array], expected: Sequence[Mapping[str, Any]]) -> list[Array]:
+    """``inputs``, contiguous, where they are as the manifest describes them; otherwise :class:`InputError`."""
+    if len(inputs) != len(expected):
+        raise InputError(f"{len(inputs)} inputs given, the model takes {len(expected)}")
+    free: dict[str, int] = {}
+    for array, entry in zip(inputs, expected, strict=True):
+        name, shape = entry["name"], entry["shape"]
+        if not isinstance(array, np.ndarray) or str(array.dtype) != entry["dtype"]:
+            found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise InputError(f"input {name!r} is {found}, the model takes a numpy array of {entry['dtype']}")
+        same = len(array.shape) == len(shape) and all(
+            size == free.setdefault(want, size) if isinstance(want, str) else size == want
+            for size, want in zip(array.shape, shape, strict=True)
+        )
+        if not same or 0 in array.shape:
+            raise InputError(f"input {name!r} has shape {list(array.shape)}, the model takes {shape}")
+    return [np.ascontiguousarray(array) for array in inputs]
+
+
 class Session:
     """A loaded artifact. Thread-safe: calls take turns, and each runs one profile from start to end."""
 
@@ -190,7 +209,7 @@ class Session:
             CertificateError: ``certificate``, or a budget of drift, and the artifact is not certified for this target.
         """
         profile = self._active if budget is None else self.set_budget(budget)
-        arrays = self._checked(inputs)
+        arrays = checked_inputs(inputs, self.inputs)
         certified = self._certified() if certificate else None
         with self._lock:
             outputs = self._call(profile.index, arrays)
@@ -202,23 +221,6 @@ class Session:
     def _call(self, index: int, arrays: list[Array]) -> Any:
         tensors = [self._tensor(array) for array in arrays]
         return _to_numpy(self._functions[index](*tensors, self._weights))
-
-    def _checked(self, inputs: tuple[Array, ...]) -> list[Array]:
-        if len(inputs) != len(self.inputs):
-            raise InputError(f"{len(inputs)} inputs given, the model takes {len(self.inputs)}")
-        free: dict[str, int] = {}
-        for array, expected in zip(inputs, self.inputs, strict=True):
-            name, shape = expected["name"], expected["shape"]
-            if not isinstance(array, np.ndarray) or str(array.dtype) != expected["dtype"]:
-                found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-                raise InputError(f"input {name!r} is {found}, the model takes a numpy array of {expected['dtype']}")
-            same = len(array.shape) == len(shape) and all(
-                size == free.setdefault(want, size) if isinstance(want, str) else size == want
-                for size, want in zip(array.shape, shape, strict=True)
-            )
-            if not same or 0 in array.shape:
-                raise InputError(f"input {name!r} has shape {list(array.shape)}, the model takes {shape}")
-        return [np.ascontiguousarray(array) for array in inputs]
 
 
 def load(path: str | os.PathLike[str], target: str | None = None) -> Session:

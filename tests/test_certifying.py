@@ -139,13 +139,17 @@ def test_bad_samples_are_named_before_any_work(small: Small, tmp_path: Path, mon
         ([x[: needed - 1]], {}, f"{needed - 1} samples are too few: {needed} are needed for 2 profiles"),
         ([x], {"alpha": 1.0}, "alpha=1.0 must lie between 0 and 1"),
         ([x], {"delta": 0.0}, "delta=0.0 must lie between 0 and 1"),
-        ([x, x], {}, "2 inputs given, the model takes 1"),
         ([x], {"reference": small.logits(x)[:-1]}, "the logits of 299 samples, the inputs have 300"),
     ):
         with pytest.raises(CertificateError, match=message):
             certify(path, inputs, **options)
-    with pytest.raises(InputError, match="input 'x' is float64"):
-        certify(path, [x.astype(float)])
+    for wrong, message in (
+        ([x, x], "2 inputs given, the model takes 1"),
+        ([x.astype(float)], "input 'x' is float64"),
+        ([x[:, :9]], r"input 'x' has shape \[1, 9\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            certify(path, wrong, small.elastic)
     with pytest.raises(ArtifactError, match="has no target 'z80'"):
         certify(path, [x], target="z80")
     assert (path / MANIFEST).read_bytes() == before
