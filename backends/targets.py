@@ -23,7 +23,8 @@ class Target:
 
     ``simd`` names the instruction set the kernels are written for: ``avx512vnni``, ``avx2``, ``dotprod`` or ``neon``.
     ``tvm`` is TVM's target dictionary. ``zig_triple`` is the cross-linking triple, None where the host links.
-    ``peak_gops`` (int8 multiply-adds counted as two, one core) and ``bandwidth_gbps`` feed the roofline cost;
+    ``peak_gops`` (int8 multiply-adds counted as two, one core), ``peak_gflops`` (the same in float32) and
+    ``bandwidth_gbps`` feed the roofline cost;
     ``cost_source`` says how a cost on this target comes about when nothing was measured.
     """
 
@@ -34,6 +35,7 @@ class Target:
     rank_multiple: int
     bits: tuple[int, ...]
     peak_gops: float
+    peak_gflops: float
     bandwidth_gbps: float
     cost_source: str
 
@@ -63,10 +65,12 @@ def _x86_64() -> Target:
     if all(flag in flags for flag in _VNNI_FLAGS):
         # Cascade Lake is the oldest core with AVX512-VNNI: what it has, every later one has.
         tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "cascadelake", "num-cores": _cores()}
-        return Target("x86_64", "avx512vnni", tvm, None, 16, _BITS, 400.0, 20.0, "roofline: nominal 400 GOP/s a core")
+        return Target(
+            "x86_64", "avx512vnni", tvm, None, 16, _BITS, 400.0, 100.0, 20.0, "roofline: nominal 400 GOP/s a core"
+        )
     if "avx2" in flags and "fma" in flags:
         tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": _cores()}
-        return Target("x86_64", "avx2", tvm, None, 8, _BITS, 60.0, 20.0, "roofline: nominal 60 GOP/s a core")
+        return Target("x86_64", "avx2", tvm, None, 8, _BITS, 60.0, 50.0, 20.0, "roofline: nominal 60 GOP/s a core")
     raise UnknownTargetError(
         "target x86_64 describes the host, and this host has no AVX2; cross-compile for another target"
     )
@@ -74,12 +78,12 @@ def _x86_64() -> Target:
 
 def _x86_64_v3() -> Target:
     tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": 4}
-    return Target("x86_64-v3", "avx2", tvm, None, 8, _BITS, 60.0, 20.0, "roofline: nominal 60 GOP/s a core")
+    return Target("x86_64-v3", "avx2", tvm, None, 8, _BITS, 60.0, 50.0, 20.0, "roofline: nominal 60 GOP/s a core")
 
 
 def _arm64() -> Target:
     tvm = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon"], "num-cores": 4}
-    return Target("arm64", "neon", tvm, _ARM_TRIPLE, 8, _BITS, 20.0, 8.0, "roofline: nominal 20 GOP/s a core")
+    return Target("arm64", "neon", tvm, _ARM_TRIPLE, 8, _BITS, 20.0, 12.0, 8.0, "roofline: nominal 20 GOP/s a core")
 
 
 def _cortex_a76() -> Target:
@@ -92,7 +96,7 @@ def _cortex_a76() -> Target:
     }
     # Two 128-bit sdot a cycle at 2.4 GHz: 2 * 16 multiply-adds * 2.
     return Target(
-        "cortex-a76", "dotprod", tvm, _ARM_TRIPLE, 8, _BITS, 153.0, 12.0, "roofline: 2 sdot a cycle at 2.4 GHz"
+        "cortex-a76", "dotprod", tvm, _ARM_TRIPLE, 8, _BITS, 153.0, 38.0, 12.0, "roofline: 2 sdot a cycle at 2.4 GHz"
     )
 
 

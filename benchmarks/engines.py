@@ -1,7 +1,8 @@
 """Engines that ``benchmarks/latency.py`` compares: how each prepares a model, and how each runs it.
 
 ``prepare`` writes what the engine needs into a folder, once; ``open_engine`` gives a function of one call. Run as
-a program, this file is the process of one engine: it answers every input line ``run N`` with N times in milliseconds.
+a program, this file is the process of one engine: it answers every input line ``run N`` with N times in milliseconds,
+and ``cpu N`` with N times that its threads had the processor.
 """
 
 import json
@@ -169,14 +170,9 @@ def open_engine(engine: str, name: str, folder: Path, threads: int) -> Call:
         session = t3c_compile.load(folder / "model.t3c")
         return lambda: session.run(*arrays)
     if engine.startswith("onnxruntime"):
-        return _open_onnxruntime(folder / ("int8.onnx" if engine.endswith("int8") else "float.onnx"), arrays, threads)
+        return open_onnxruntime(folder / ("int8.onnx" if engine.endswith("int8") else "float.onnx"), arrays, threads)
     if engine == "openvino_int8":
-        import openvino
-
-        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        compiled = openvino.Core().compile_model(folder / "int8.xml", "CPU", properties)
-        request = compiled.create_infer_request()
-        return lambda: next(iter(request.infer(arrays).values()))
+        return open_openvino(folder / "int8.xml", arrays, threads)
     import torch
 
     torch.set_num_threads(threads)
@@ -202,7 +198,17 @@ def open_engine(engine: str, name: str, folder: Path, threads: int) -> Call:
     return call
 
 
-def _open_onnxruntime(path: Path, arrays: list[Array], threads: int) -> Call:
+def open_openvino(path: Path, arrays: list[Array], threads: int) -> Call:
+    """A function of one call, which gives the first output."""
+    import openvino
+
+    properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    request = openvino.Core().compile_model(path, "CPU", properties).create_infer_request()
+    return lambda: next(iter(request.infer(arrays).values()))
+
+
+def open_onnxruntime(path: Path, arrays: list[Array], threads: int) -> Call:
+    """A function of one call, which gives the first output."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -212,7 +218,9 @@ def _open_onnxruntime(path: Path, arrays: list[Array], threads: int) -> Call:
     return lambda: session.run(None, feeds)[0]
 
 
-def _main(engine: str, name: str, folder: str, threads: str) -> None:
+def serve(open_engine: Callable[[str, str, Path, int], Call], arguments: Sequence[str]) -> None:
+    """Be the process of an engine; ``arguments`` are its name, the model's, the folder and the number of threads."""
+    engine, name, folder, threads = arguments
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: int(threads)]))
     call = open_engine(engine, name, Path(folder), int(threads))
     found = call()
@@ -222,12 +230,13 @@ def _main(engine: str, name: str, folder: str, threads: str) -> None:
     print(json.dumps({"error": error}), flush=True)
     for line in sys.stdin:
         times = []
+        clock = time.process_time if line.startswith("cpu") else time.perf_counter
         for _ in range(int(line.split()[1])):
-            start = time.perf_counter()
+            start = clock()
             call()
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (clock() - start))
         print(json.dumps(times), flush=True)
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    serve(open_engine, sys.argv[1:])

@@ -31,13 +31,13 @@ _ROUNDS, _WARM_UP, _ROUND_MS = 9, 3, 400
 
 
 class Engine:
-    """The process of one engine, stopped unless it is its turn."""
+    """The process of one engine, stopped unless it is its turn; ``module`` is what it runs."""
 
-    def __init__(self, engine: str, model: str, folder: Path, threads: int) -> None:
+    def __init__(self, engine: str, model: str, folder: Path, threads: int, module: str = "benchmarks.engines") -> None:
         self.name = engine
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "TVM_NUM_THREADS": count, "TVM_LOG_DEBUG": ""}
-        command = [sys.executable, "-m", "benchmarks.engines", engine, model, str(folder), count]
+        command = [sys.executable, "-m", module, engine, model, str(folder), count]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -54,9 +54,9 @@ class Engine:
                 return json.loads(line)
         raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
 
-    def _times(self, calls: int) -> list[float]:
+    def _times(self, calls: int, clock: str = "run") -> list[float]:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"run {calls}\n")
+        self.process.stdin.write(f"{clock} {calls}\n")
         self.process.stdin.flush()
         times: list[float] = self._answer()
         return times
@@ -68,19 +68,26 @@ class Engine:
         self.times.append(median(self._times(self.calls)))
         self.process.send_signal(signal.SIGSTOP)
 
+    def processor_time(self) -> float:
+        """Median time that a call has the processor, which other programs on the machine hardly move."""
+        self.process.send_signal(signal.SIGCONT)
+        found = median(self._times(self.calls, "cpu"))
+        self.process.send_signal(signal.SIGSTOP)
+        return found
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
-def prepared(engine: str, model: str, batch: int) -> Path:
-    """The folder of an engine's form of a model, made in a process of its own when it is not there."""
+def prepared(engine: str, model: str, batch: int, module: str = "benchmarks.engines") -> Path:
+    """The folder of an engine's form of a model, made by ``module`` in a process of its own when it is not there."""
     folder = ROOT / "build/latency" / f"{model}-b{batch}" / engine
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         code = (
-            "import sys, pathlib; from benchmarks.engines import prepare; "
+            f"import sys, pathlib; from {module} import prepare; "
             "prepare(sys.argv[1], sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4]))"
         )
         command = [sys.executable, "-c", code, engine, model, str(batch), str(folder)]

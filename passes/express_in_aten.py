@@ -10,7 +10,7 @@ same as a pass over a graph. Weights stay int8 and are widened in the graph. Res
 For compilers that have no float64, ``float64=False`` sums in int32 instead, and writes the epilogue in float32 with its
 two roundings: outputs then differ in the last place and, where one lies on a tie, by an int8 step of the next layer.
 
-``weight_only_linear`` and the float stages (:data:`FLOAT_OPS`) work on real numbers: their ATen ops are equal as far as
+Weight-only linears and the float stages (:data:`FLOAT_OPS`) work on real numbers: their ATen ops are equal as far as
 the library's float32 functions are.
 """
 
@@ -166,6 +166,14 @@ class _Sums:
     def weight_only_linear(self, x: Value, weight: Value, scale: Value, bias: Value | None, bits: int) -> Value:
         return self._affine(aten.linear.default(x, _float32(_top_bits(weight, bits))), scale, bias)
 
+    def svd_weight_only_linear(
+        self, x: Value, v: Value, u: Value, mid_scale: Value, bias: Value | None, rank: int, bits: int
+    ) -> Value:
+        h = aten.linear.default(x, _float32(_top_bits(_first(v, rank), bits)))
+        h = aten.mul.Tensor(h, _first(mid_scale, rank))
+        y = aten.linear.default(h, aten.t.default(_float32(_top_bits(_first(u, rank), bits))))
+        return y if bias is None else aten.add.Tensor(y, bias)
+
     def int8_conv2d(
         self,
         x: Value,
@@ -276,6 +284,7 @@ def decompositions(float64: bool = True) -> dict[torch._ops.OpOverload, Decompos
         t3c.int8_linear.default: sums.int8_linear,
         t3c.svd_linear.default: sums.svd_linear,
         t3c.weight_only_linear.default: sums.weight_only_linear,
+        t3c.svd_weight_only_linear.default: sums.svd_weight_only_linear,
         t3c.int8_conv2d.default: sums.int8_conv2d,
         t3c.svd_conv2d.default: sums.svd_conv2d,
         t3c.tucker2_conv2d.default: partial(sums.three_factors, False),

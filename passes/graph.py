@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from t3c_compile.passes.base import Report, report_of
 from t3c_compile.passes.elastic import elastic_layers
+from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.option import Option
 
 
@@ -104,6 +105,21 @@ class ElasticGraphModule(GraphModule):
         for _, layer in elastic_layers(self):
             if layer.gate is not None:
                 layer.gate.open()
+
+    def set_activation_dtype(self, dtype: str) -> None:
+        """``float32``: linear layers and tied tables keep integer weights and take float32 activations, here, in
+        training and in every profile snapped from now on; ``int8``: they take int8 ones, as after ``transform``.
+
+        For decoding, which the weights' bytes alone cost. No stored integer depends on it; a checkpoint keeps it.
+        Convolutions take int8 activations always.
+
+        Raises:
+            T3CError: another ``dtype``.
+        """
+        if dtype not in ("int8", "float32"):
+            raise T3CError(f"activations can be int8 or float32, not {dtype!r}")
+        for _, layer in elastic_layers(self):
+            layer.float_activations = dtype == "float32" and layer.weight_only_op is not None
 
     def to_dense(
         self, model: nn.Module | None = None, options: Mapping[str, Option] | None = None

@@ -31,7 +31,8 @@ class Specialize(Pass):
     A layer at 32 bits, which is at full rank, becomes the float32 product it stands for; its dense weight is stored as
     ``float_weight``, beside the integers of other profiles.
 
-    ``options`` and ``activations`` (scale and zero point of ``x`` and the middles) are by layer name.
+    ``options`` and ``activations`` (scale and zero point of ``x`` and the middles) are by layer name. A layer whose
+    activations are empty takes them in float32: a linear layer becomes its weight-only op, without quantization.
     ``store_ranks`` is the greatest rank any profile uses: factors are stored to that rank, so all profiles of one
     model name the same tensors.
     """
@@ -53,6 +54,12 @@ class Specialize(Pass):
                 raise self.fail(f"layer {name}: rank {option.rank} is beyond the stored rank")
             if option.bits == 32 and option.form != "dense" and option.rank < layer.max_rank:
                 raise self.fail(f"layer {name}: 32 bits is for full rank, {layer.max_rank}; {option} has 4 to 8 bits")
+
+            if option.bits != 32 and layer.weight_only_op is None and self.activations.get(name) == {}:
+                raise self.fail(
+                    f"layer {name}: the profile has no scale for its activations, and a convolution cannot take them "
+                    "in float32; snap the model again"
+                )
 
     def apply(self, gm: GraphModule) -> bool:
         calls: dict[str, list[Node]] = {}
@@ -85,6 +92,10 @@ class Specialize(Pass):
         gm.add_submodule(name, holder)
         return {key.removeprefix("float_"): f"{name}.{key}" for key in tensors}
 
+    def _activations(self, name: str, layer: ElasticLayer) -> Mapping[str, Activation]:
+        given = self.activations.get(name)
+        return layer.activations() if given is None else given
+
     def _replace(self, gm: GraphModule, node: Node, layer: ElasticLayer, stored: Mapping[str, str]) -> None:
         name, option, graph = str(node.target), self.options[str(node.target)], gm.graph
         op, values = layer.op, {"rank": option.rank, "bits": option.bits, **layer.geometry()}
@@ -95,9 +106,10 @@ class Specialize(Pass):
                 values["indices"] = node.args[0]
             elif option.bits == 32:
                 op, values["input"] = layer.float_op, node.args[0]
+            elif not (activations := self._activations(name, layer)):
+                op, values["x"] = layer.weight_only_op, node.args[0]
             else:
                 op = layer.product_op if isinstance(layer, Table) else layer.op
-                activations = self.activations.get(name) or layer.activations()
                 number: Any = node.kwargs.get("call", 0)
                 scale, zero_point = activations[of_call("x", number)]
                 values |= {"x_scale": scale, "x_zero_point": zero_point}
@@ -123,7 +135,7 @@ def as_dense(layer: ElasticLayer) -> ElasticLayer:
     else:
         dense = DenseLinear(weight, layer.bias)
     dense.rows_in, dense.rows_out, dense.calls = layer.rows_in, layer.rows_out, layer.calls
-    dense.x_quant = layer.x_quant
+    dense.x_quant, dense.float_activations = layer.x_quant, layer.float_activations
     dense.add_gate()
     return dense.train(layer.training)
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from t3c_compile.artifact import lower
     from t3c_compile.budget import Budget, BudgetError
+    from t3c_compile.certifying import certify
     from t3c_compile.checkpoint import Checkpoint, CheckpointError, restore
+    from t3c_compile.conformal import CertificateError
     from t3c_compile.manifest import ArtifactError
     from t3c_compile.passes.errors import T3CError
     from t3c_compile.passes.state import load_state
@@ -24,12 +26,14 @@ _HOME = {
     "ArtifactError": "manifest",
     "Budget": "budget",
     "BudgetError": "budget",
+    "CertificateError": "conformal",
     "Checkpoint": "checkpoint",
     "CheckpointError": "checkpoint",
     "Config": "transforming",
     "InputError": "runtime",
     "Session": "runtime",
     "T3CError": "passes.errors",
+    "certify": "certifying",
     "load": "runtime",
     "load_state": "passes.state",
     "lower": "artifact",
@@ -44,12 +48,14 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "BudgetError",
+    "CertificateError",
     "Checkpoint",
     "CheckpointError",
     "Config",
     "InputError",
     "Session",
     "T3CError",
+    "certify",
     "load",
     "load_state",
     "lower",

@@ -183,12 +183,12 @@ class SpectralProxy:
         return bounds
 
     def _rounding(self, name: str, option: Option, activations: Mapping[str, Activation]) -> float:
-        """What rounding the inputs and middles of a layer's products adds to its bound.
+        """What rounding the inputs and middles of a layer's products adds to its bound: nothing where they are float32.
 
         RMS norm at the output of a uniform error (variance s^2/12), times the gain.
         """
         layer, calls = self.layers[name], [call for call in self.statistics[name] if not call.look_up]
-        if not calls:
+        if not calls or not activations:
             return 0.0
         weight = layer.dense_weight(option) if option.form == layer.form else layer.dense_weight()
         norm = matrix_norm(weight.flatten(1)) * kernel_factor(weight)

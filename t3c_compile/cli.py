@@ -92,11 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
     c.add_argument("-o", "--output", required=True, help="folder to write, such as MODEL-onnx")
 
+    c = add("certify", _certify, "bound the drift of an artifact's profiles from the full model, on samples")
+    c.add_argument("artifact")
+    c.add_argument("--data", required=True, help="samples: a .npz file or a folder of .npy files, named as the inputs")
+    c.add_argument("--reference", help="the full model: a t3c checkpoint, or a .npy file of its logits on the samples")
+    c.add_argument("--alpha", type=float, default=0.05, help="share of inputs that may exceed a bound (default 0.05)")
+    c.add_argument("--delta", type=float, default=0.05, help="chance that the samples mislead (default 0.05)")
+    c.add_argument("--target", help="whose library (default: the first that runs here)")
+    c.add_argument("--resume", action="store_true", help="keep batches in ARTIFACT.resume until done, go on from there")
+
     c = add("run", _run, "run an artifact on .npy inputs")
     c.add_argument("artifact")
     c.add_argument("inputs", nargs="*", help=".npy files; random inputs where none is given")
     for name, unit in (("latency-ms", "milliseconds"), ("energy-mj", "millijoules"), ("size-mb", "megabytes")):
         c.add_argument(f"--{name}", type=float, help=f"budget in {unit}")
+    c.add_argument("--max-drift", type=float, help="run the cheapest profile certified to drift less, in 2-norm")
     c.add_argument("--profile", help="run this profile instead of choosing by budget")
     c.add_argument("--target", help="which of the artifact's targets")
     c.add_argument("-o", "--output", help=".npy file for the first output")
@@ -119,6 +129,11 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help=_DATA_HELP)
     command.add_argument("--conv", choices=("tucker2", "cp"), default="tucker2", help="form of k x k convolutions")
     command.add_argument("--keep", action="append", default=[], help="glob of layer names to leave alone")
+    command.add_argument(
+        "--activations",
+        choices=("int8", "float32"),
+        help="of linear layers; float32 (weight-only) is for decoding (default as in the checkpoint, else int8)",
+    )
 
 
 def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
@@ -126,7 +141,10 @@ def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
     from t3c_compile.transforming import Config
 
     config = Config(conv=arguments.conv, keep=tuple(arguments.keep))
-    return load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty(), resume)
+    checkpoint = load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty(), resume)
+    if arguments.activations is not None:
+        checkpoint.model.set_activation_dtype(arguments.activations)
+    return checkpoint
 
 
 def _writable(path: str) -> Path:
@@ -249,6 +267,29 @@ def _snap(arguments: argparse.Namespace, targets: list[Any]) -> tuple[Any, Any]:
     return checkpoint, profiles
 
 
+def _certify(arguments: argparse.Namespace) -> None:
+    from t3c_compile.certifying import certify
+    from t3c_compile.loading import read_reference, read_samples
+
+    path = Path(arguments.artifact)
+    inputs = read_samples(arguments.data, read_manifest(path)["inputs"])
+    reference = None if arguments.reference is None else read_reference(arguments.reference)
+    folder = path.with_name(f"{path.name}.resume") if arguments.resume else None
+    certify(
+        path,
+        inputs,
+        reference,
+        alpha=arguments.alpha,
+        delta=arguments.delta,
+        target=arguments.target,
+        progress=sys.stderr.isatty(),
+        resume=folder,
+    )
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    _inspect(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
@@ -262,7 +303,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.profile:
         profile = session.set_profile(arguments.profile)
     else:
-        profile = session.set_budget(Budget(arguments.latency_ms, arguments.energy_mj, arguments.size_mb))
+        limits = (arguments.latency_ms, arguments.energy_mj, arguments.size_mb, arguments.max_drift)
+        profile = session.set_budget(Budget(*limits))
     output = session.run(*inputs)
     first = output[0] if isinstance(output, tuple) else output
     if arguments.output:
@@ -288,16 +330,26 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         _show_files(arguments.artifact, read_profiles(arguments.artifact), arguments.json)
         return
+    from t3c_compile.drift import METRICS
+
     manifest = read_manifest(Path(arguments.artifact))
+    certificates = {name: entry["conformal"] for name, entry in manifest["targets"].items() if "conformal" in entry}
     rows = []
     for target, entry in manifest["targets"].items():
-        for profile, cost in zip(manifest["profiles"], entry["costs"], strict=True):
+        for index, (profile, cost) in enumerate(zip(manifest["profiles"], entry["costs"], strict=True)):
+            conformal: dict[str, Any] = {}
+            if certificates:
+                bounds = certificates[target]["profiles"][index] if target in certificates else {"drift": {}}
+                conformal = {f"{metric}_bound": bounds["drift"].get(metric) for metric in METRICS}
+                conformal["agreement_bound"] = bounds.get("agreement")
             row = {"target": target, "profile": profile["name"], **summarize_options(profile["options"])}
             row |= {"size_kb": profile["size_bytes"] / 1e3, "latency_ms": cost["latency_ms"]}
             row |= {"latency_source": cost["source"].partition(":")[0].partition(" ")[0]}
             row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
-            rows.append(row | {"certificate": profile["certificate"]["bound"]})
+            rows.append(row | {"certificate": profile["certificate"]["bound"]} | conformal)
     show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
+    for target, certificate in () if arguments.json else certificates.items():
+        print(f"{target}: {certificate['statement']}")
 
 
 def _show_files(folder: str, profiles: dict[str, dict[str, Any]], as_json: bool) -> None:

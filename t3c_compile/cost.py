@@ -15,9 +15,11 @@ from t3c_compile.passes.option import Option
 
 RANK, BITS = sympy.symbols("rank bits", positive=True)
 
-# Energy of a 45 nm int8 multiply-add, and of a byte from DRAM, in picojoules: M. Horowitz, "Computing's energy
-# problem", ISSCC 2014, figure 1.1.9 (8-bit add 0.03 + multiply 0.2; DRAM 1.3-2.6 nJ for 64 bits, the lower taken).
+# Energy of a 45 nm multiply-add (int8, float32), and of a byte from DRAM, in picojoules: M. Horowitz, "Computing's
+# energy problem", ISSCC 2014, figure 1.1.9 (8-bit add 0.03 + multiply 0.2; float32 0.9 + 3.7; DRAM 1.3-2.6 nJ for 64
+# bits, the lower taken).
 _PJ_PER_MAC = 0.23
+_PJ_PER_FLOAT_MAC = 4.6
 _PJ_PER_BYTE = 162.5
 
 
@@ -31,6 +33,8 @@ class LayerCost:
     """float32 numbers beside the factors: scales and bias."""
     read: float = 1.0
     """The share of the bytes that one sample reads: all, but of a table with look-ups alone only a few rows."""
+    floats: bool = False
+    """Whether activations are float32, and so the multiply-adds."""
 
     @property
     def bytes(self) -> sympy.Expr:
@@ -57,7 +61,7 @@ def layer_cost(layer: ElasticLayer, form: str | None = None) -> LayerCost:
         numbers = out * inner // groups * kernel
         read = 0.0 if isinstance(layer, Table) and not layer.calls else 1.0
         macs, vectors = sympy.Integer(layer.rows_out * numbers), sympy.Integer(out + bias)
-        return LayerCost(macs, sympy.Integer(numbers), vectors, read)
+        return LayerCost(macs, sympy.Integer(numbers), vectors, read, layer.float_activations)
     if isinstance(layer, Tucker2Conv2d):
         ki, ko = sympy.Min(RANK, layer.V.shape[0]), sympy.Min(RANK, layer.U.shape[1])
         return LayerCost(
@@ -69,7 +73,7 @@ def layer_cost(layer: ElasticLayer, form: str | None = None) -> LayerCost:
         macs = RANK * (layer.rows_in * inner + layer.rows_out * (kernel + out))
         return LayerCost(macs, RANK * (inner + kernel + out), 2 * RANK + bias)
     numbers = RANK * (inner + out)
-    return LayerCost(layer.rows_out * numbers, numbers, RANK + bias)
+    return LayerCost(layer.rows_out * numbers, numbers, RANK + bias, floats=layer.float_activations)
 
 
 def _dense_shape(layer: ElasticLayer) -> tuple[int, int, int, int]:
@@ -101,14 +105,14 @@ class Cost:
         )
 
 
-def roofline(macs: Any, size: Any, target: Target, read: float = 1.0) -> Cost:
+def roofline(macs: Any, size: Any, target: Target, read: float = 1.0, floats: bool = False) -> Cost:
     """Roofline estimate of one layer: the slower of arithmetic at peak and weights from memory; no overheads.
 
-    ``read`` is the share of its ``size`` bytes that one sample reads.
+    ``read`` is the share of its ``size`` bytes that one sample reads; ``floats``: the multiply-adds are of float32.
     """
-    arithmetic = 2 * macs / (target.peak_gops * 1e9)
+    arithmetic = 2 * macs / ((target.peak_gflops if floats else target.peak_gops) * 1e9)
     memory = size * read / (target.bandwidth_gbps * 1e9)
-    energy = (macs * _PJ_PER_MAC + size * read * _PJ_PER_BYTE) * 1e-9
+    energy = (macs * (_PJ_PER_FLOAT_MAC if floats else _PJ_PER_MAC) + size * read * _PJ_PER_BYTE) * 1e-9
     return Cost(size, 1e3 * max(arithmetic, memory), energy)
 
 
@@ -120,7 +124,8 @@ def option_costs(layer: ElasticLayer, options: Sequence[Option], target: Target)
     for option, form in zip(options, forms, strict=True):
         formula = formulas[form]
         macs, size = formula.at(option.rank, option.bits)
-        costs.append(roofline(float(macs), float(size), target, formula.read))
+        floats = formula.floats or option.bits == 32
+        costs.append(roofline(float(macs), float(size), target, formula.read, floats))
     return costs
 
 

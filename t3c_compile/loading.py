@@ -2,11 +2,12 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -134,3 +135,28 @@ def calibration_of(spec: str, most: int = 16) -> tuple[list[Inputs], Tensor]:
     if not batches or any(len(batch) < 2 for batch in batches):
         raise LoadingError(f"{spec}() gave no batches of (*inputs, labels)")
     return [batch[:-1] for batch in batches], torch.cat([batch[-1] for batch in batches])
+
+
+def read_samples(path: str, inputs: Sequence[Mapping[str, Any]]) -> list[np.ndarray[Any, Any]]:
+    """Arrays named as an artifact's ``inputs``, from a ``.npz`` file or a folder of ``.npy`` files."""
+    names = [entry["name"] for entry in inputs]
+    place = Path(path)
+    try:
+        if place.is_dir():
+            return [np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
+        with np.load(place, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        raise LoadingError(
+            f"{path}: {error}; a .npz file or a folder of .npy files is needed, with arrays named {', '.join(names)}"
+        ) from error
+
+
+def read_reference(path: str) -> Any:
+    """The full model that drift is measured from: its logits in a ``.npy`` file, or the model of a checkpoint."""
+    if not path.endswith(".npy"):
+        return Checkpoint.load(path).model
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"reference {path}: {error}") from error

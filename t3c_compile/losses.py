@@ -89,6 +89,6 @@ class GatesCost:
         """The same for (rank, bits) by layer, numbers or tensors."""
         latency, energy, size = 0.0, 0.0, float(self._kept)
         for name, cost in self._costs.items():
-            one = roofline(*cost.at(*layers[name]), self._target, cost.read)
+            one = roofline(*cost.at(*layers[name]), self._target, cost.read, cost.floats)
             latency, energy, size = latency + one.latency_ms, energy + one.energy_mj, size + one.size_bytes
         return torch.stack([torch.as_tensor(total) for total in (latency, energy, size)]) / self._unit

@@ -5,6 +5,7 @@ Standard library only; reading an artifact never unpickles.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ _TARGET = {
     "pack": str,
     "parameters": [str],
     "costs": [_COST],
+}
+_DRIFT = {"linf": _NUMBER, "l2": _NUMBER, "kl": _NUMBER}
+_BOUNDS = {"drift": _DRIFT, "scaled": {str: _NUMBER}, "agreement": _NUMBER, "to_greatest": _NUMBER}
+# A target's certificate, where it has been certified.
+_CONFORMAL = {
+    "alpha": _NUMBER,
+    "delta": _NUMBER,
+    "samples": int,
+    "reference": str,
+    "statement": str,
+    "profiles": [_BOUNDS],
 }
 # A type, a tuple of types, [element], {str: value}, or the fields a mapping must have (it may have others).
 _SHAPE = {
@@ -69,6 +81,26 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest  # type: ignore[no-any-return]
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put ``manifest`` in the place of the one in ``folder``, in one moment: whenever this is cut short, the old one or
+    the new one stands there whole.
+
+    Raises:
+        ArtifactError: it cannot be written; the old one is as it was.
+    """
+    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / MANIFEST)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder / MANIFEST}: {error}; it is as it was") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _check_structure(path: Path, manifest: Any) -> None:
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool):
@@ -83,9 +115,15 @@ def _check_structure(path: Path, manifest: Any) -> None:
     if not manifest["profiles"] or not manifest["targets"]:
         raise ArtifactError(f"{path} is damaged: it has no profiles or no targets")
     for target, entry in manifest["targets"].items():
-        for field in ("functions", "costs"):
-            if len(entry[field]) != len(manifest["profiles"]):
-                raise ArtifactError(f"{path} is damaged: target {target!r} has {len(entry[field])} {field}")
+        wrong = _mismatch(entry["conformal"], _CONFORMAL, f"{target}/conformal") if "conformal" in entry else None
+        if wrong:
+            raise ArtifactError(f"{path} is damaged: {wrong}")
+        lists = {"functions": entry["functions"], "costs": entry["costs"]}
+        if "conformal" in entry:
+            lists["certified profiles"] = entry["conformal"]["profiles"]
+        for field, values in lists.items():
+            if len(values) != len(manifest["profiles"]):
+                raise ArtifactError(f"{path} is damaged: target {target!r} has {len(values)} {field}")
         for name in (entry["library"], STORE):
             if name not in manifest["files"]:
                 raise ArtifactError(f"{path} is damaged: {name} has no hash")

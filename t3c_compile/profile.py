@@ -16,7 +16,8 @@ class Profile:
     Attributes:
         name: ``p0`` is the least; numbers rise with size.
         options: by layer.
-        activations: scale and zero point of every int8 tensor, by layer and tensor (``x``, ``h``, ``g``).
+        activations: scale and zero point of every int8 tensor, by layer and tensor (``x``, ``h``, ``g``). A layer that
+            has none takes its activations in float32 (weight-only), or is a table of look-ups alone.
         size_bytes: weights of this profile alone at its own widths.
         quality: on calibration data: ``kl`` (nats, full against this profile), ``agreement`` (top-1 share),
             ``drift`` (mean logit 2-norm), and ``accuracy`` where labels were given.

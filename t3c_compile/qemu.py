@@ -74,27 +74,28 @@ def run_python(
     )
 
 
-# All that the device is given: the artifact and one input.
+# All that the device is given: the artifact and the inputs of one call.
 _EVERY_PROFILE = """
 import sys, numpy, t3c_compile
-session, x, found = t3c_compile.load(sys.argv[1], sys.argv[2]), numpy.load(sys.argv[3]), {}
+session, given, found = t3c_compile.load(sys.argv[1], sys.argv[2]), numpy.load(sys.argv[3]), {}
+inputs = [given[f"arr_{i}"] for i in range(len(given.files))]
 for profile in session.profiles:
     session.set_profile(profile.name)
-    result = session.run(x)
+    result = session.run(*inputs)
     for i, value in enumerate(result if isinstance(result, tuple) else (result,)):
         found[f"{profile.name}.{i}"] = value
 numpy.savez(sys.argv[4], **found)
 """
 
 
-def run_profiles(artifact: Path, target: str, x: Any) -> dict[str, list[Any]]:
-    """What every profile of an artifact gives for the numpy array `x`, run from the library for `target`: a list of
-    outputs by profile. Raises T3CError, with what was printed, where that fails."""
+def run_profiles(artifact: Path, target: str, *inputs: Any) -> dict[str, list[Any]]:
+    """What every profile of an artifact gives for the numpy arrays `inputs`, run from the library for `target`: a list
+    of outputs by profile. Raises T3CError, with what was printed, where that fails."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:
-        given, results = Path(folder, "x.npy"), Path(folder, "y.npz")
-        np.save(given, x)
+        given, results = Path(folder, "x.npz"), Path(folder, "y.npz")
+        np.savez(given, *inputs)
         done = run_python(["-c", _EVERY_PROFILE, str(artifact.absolute()), target, str(given), str(results)])
         if done.returncode:
             raise T3CError(f"the library for {target} failed under QEMU:\n{done.stderr}")

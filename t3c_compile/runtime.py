@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from t3c_compile.budget import Budget, BudgetError
+from t3c_compile.conformal import CertificateError, ConformalCertificate
+from t3c_compile.drift import Array, drifts, logits_of
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, read_manifest
+from t3c_compile.monitor import Monitor
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.store import read_store
-
-Array = np.ndarray[Any, Any]
 
 # From Linux's asm/hwcap.h for arm64.
 _AT_HWCAP = 16
@@ -28,6 +29,9 @@ _ARM_HWCAP = {"asimd": 1, "asimdhp": 10, "asimddp": 20}
 
 # A measured 90th percentile is taken this much larger when it is held against a budget.
 LATENCY_MARGIN = 1.1
+
+
+_HOW_TO_CERTIFY = "run t3c-compile certify on the artifact"
 
 
 class InputError(T3CError):
@@ -40,6 +44,7 @@ class ProfileInfo:
 
     ``latency_ms`` is the 90th percentile a call where it was measured, else an estimate; ``latency_source`` says which.
     ``options`` is by layer: form, rank and bits. ``certificate`` holds ``bound`` (logit 2-norm) and its statement.
+    ``drift_bound`` is the conformal bound of the drift in 2-norm, None where the target is not certified.
     """
 
     index: int
@@ -51,9 +56,10 @@ class ProfileInfo:
     options: Mapping[str, Mapping[str, Any]]
     quality: Mapping[str, float]
     certificate: Mapping[str, Any]
+    drift_bound: float | None = None
 
     def fits(self, budget: Budget) -> bool:
-        """Whether every limit that ``budget`` names holds, latency with its margin."""
+        """Whether every limit of cost that ``budget`` names holds, latency with its margin."""
         return all(limit is None or cost <= limit for cost, limit in self._against(budget).values())
 
     def _against(self, budget: Budget) -> dict[str, tuple[float, float | None]]:
@@ -65,22 +71,54 @@ class ProfileInfo:
         }
 
     def excess(self, budget: Budget) -> str:
-        """The limits of ``budget`` that do not hold, with the least that would."""
+        """The limits of cost that do not hold, with the least that would."""
         over = {k: v for k, v in self._against(budget).items() if v[1] is not None and v[0] > v[1]}
         return ", ".join(f"{name}={limit:g} (needs {cost:.4g})" for name, (cost, limit) in over.items())
 
 
 def choose(profiles: Sequence[ProfileInfo], budget: Budget) -> ProfileInfo:
-    """The greatest profile that fits.
+    """The greatest profile that fits; where ``budget`` names a drift, the least that fits and is certified to meet it.
 
     Raises:
         BudgetError: none does; the message says the least that can be met.
+        CertificateError: the budget names a drift and the artifact has no certificate.
     """
-    for profile in reversed(profiles):
-        if profile.fits(budget):
+    fitting = [profile for profile in profiles if profile.fits(budget)]
+    if not fitting:
+        name, excess = profiles[0].name, profiles[0].excess(budget)
+        raise BudgetError(f"no profile fits the budget: {excess} is below the least profile, {name}")
+    if budget.max_drift is None:
+        return fitting[-1]
+    certified = [(profile.drift_bound, profile) for profile in fitting if profile.drift_bound is not None]
+    if not certified:
+        raise CertificateError(f"a budget of max_drift needs a certificate: {_HOW_TO_CERTIFY}")
+    for bound, profile in certified:
+        if bound <= budget.max_drift:
             return profile
-    least = profiles[0]
-    raise BudgetError(f"no profile fits the budget: {least.excess(budget)} is below the least profile, {least.name}")
+    bound, best = min(certified, key=lambda pair: pair[0])
+    raise BudgetError(
+        f"no profile fits the budget: max_drift={budget.max_drift:g} is below the least drift that can be had, "
+        f"{bound:.4g} with {best.name}"
+    )
+
+
+def checked_inputs(inputs: Sequence[Array], expected: Sequence[Mapping[str, Any]]) -> list[Array]:
+    """``inputs``, contiguous, where they are as the manifest describes them; otherwise :class:`InputError`."""
+    if len(inputs) != len(expected):
+        raise InputError(f"{len(inputs)} inputs given, the model takes {len(expected)}")
+    free: dict[str, int] = {}
+    for array, entry in zip(inputs, expected, strict=True):
+        name, shape = entry["name"], entry["shape"]
+        if not isinstance(array, np.ndarray) or str(array.dtype) != entry["dtype"]:
+            found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise InputError(f"input {name!r} is {found}, the model takes a numpy array of {entry['dtype']}")
+        same = len(array.shape) == len(shape) and all(
+            size == free.setdefault(want, size) if isinstance(want, str) else size == want
+            for size, want in zip(array.shape, shape, strict=True)
+        )
+        if not same or 0 in array.shape:
+            raise InputError(f"input {name!r} has shape {list(array.shape)}, the model takes {shape}")
+    return [np.ascontiguousarray(array) for array in inputs]
 
 
 class Session:
@@ -91,6 +129,9 @@ class Session:
         self.target: str = target
         self.inputs: list[dict[str, Any]] = manifest["inputs"]
         self.profiles: tuple[ProfileInfo, ...] = _profiles(manifest, target)
+        certificate = entry.get("conformal")
+        self._certificate = None if certificate is None else ConformalCertificate.from_json(certificate)
+        self._monitor: Monitor | None = None
         self._active = self.profiles[-1]
         self._lock = threading.Lock()
         store = read_store(folder / STORE)
@@ -118,7 +159,7 @@ class Session:
         return self._active
 
     def set_budget(self, budget: Budget) -> ProfileInfo:
-        """Make the greatest profile that fits active and return it; :class:`BudgetError` when none fits.
+        """Make the profile that :func:`choose` finds active and return it; :class:`BudgetError` when none fits.
 
         Switching copies no weight: every profile reads its prefix of the same packed tensors.
         """
@@ -133,46 +174,60 @@ class Session:
                 return profile
         raise BudgetError(f"there is no profile {name!r}; there are {', '.join(p.name for p in self.profiles)}")
 
-    def run(self, *inputs: Array, budget: Budget | None = None) -> Any:
+    def monitor(self, fraction: float = 0.01, significance: float = 0.01, seed: int = 0) -> Monitor:
+        """From now on also run the greatest profile in a ``fraction`` of the calls, in place of an earlier monitor.
+
+        The first time that the drifts seen contradict the certificate at level ``significance``, a
+        :class:`~t3c_compile.monitor.DriftWarning` is given: inputs are not distributed as the calibration samples.
+        The calls are drawn by ``seed``. A fraction of 0 ends the watch.
+
+        Raises:
+            CertificateError: the artifact is not certified for this target.
+        """
+        certificate = self._certified()
+        bounds = [entry.to_greatest for entry in certificate.profiles]
+        self._monitor = Monitor(bounds, certificate.alpha, fraction, significance, seed)
+        return self._monitor
+
+    def _certified(self) -> ConformalCertificate:
+        if self._certificate is None:
+            raise CertificateError(f"target {self.target} has no conformal certificate: {_HOW_TO_CERTIFY}")
+        return self._certificate
+
+    def run(self, *inputs: Array, budget: Budget | None = None, certificate: bool = False) -> Any:
         """Run the active profile, after :meth:`set_budget` when ``budget`` is given.
 
         Args:
             inputs: numpy arrays as the manifest's ``inputs`` describe them (:attr:`inputs`).
+            certificate: return the bounds that apply to these inputs in this profile too.
 
         Returns:
-            The model's output as a numpy array, or a tuple of them.
+            The model's output as a numpy array, or a tuple of them; with ``certificate`` a pair of that and
+            :class:`~t3c_compile.conformal.InputBounds`.
 
         Raises:
             InputError: wrong number, shape or dtype of inputs.
             BudgetError: no profile fits the budget.
+            CertificateError: ``certificate``, or a budget of drift, and the artifact is not certified for this target.
         """
         profile = self._active if budget is None else self.set_budget(budget)
-        arrays = self._checked(inputs)
+        arrays = checked_inputs(inputs, self.inputs)
+        certified = self._certified() if certificate else None
         with self._lock:
-            memory = profile.index, tuple(array.shape for array in arrays)
-            if memory != self._memory:
-                # What calls of another profile or other sizes have left is of no use to this one.
-                self._release_memory()
-                self._memory = memory
-            tensors = [self._tensor(array) for array in arrays]
-            return _to_numpy(self._functions[profile.index](*tensors, self._weights))
+            outputs = self._call(profile.index, arrays)
+            if self._monitor is not None and self._monitor.chooses(profile.index):
+                greatest = logits_of(self._call(len(self.profiles) - 1, arrays))
+                self._monitor.observe(profile.index, drifts(greatest, logits_of(outputs))["l2"])
+        return outputs if certified is None else (outputs, certified.bounds(profile.index, outputs))
 
-    def _checked(self, inputs: tuple[Array, ...]) -> list[Array]:
-        if len(inputs) != len(self.inputs):
-            raise InputError(f"{len(inputs)} inputs given, the model takes {len(self.inputs)}")
-        free: dict[str, int] = {}
-        for array, expected in zip(inputs, self.inputs, strict=True):
-            name, shape = expected["name"], expected["shape"]
-            if not isinstance(array, np.ndarray) or str(array.dtype) != expected["dtype"]:
-                found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-                raise InputError(f"input {name!r} is {found}, the model takes a numpy array of {expected['dtype']}")
-            same = len(array.shape) == len(shape) and all(
-                size == free.setdefault(want, size) if isinstance(want, str) else size == want
-                for size, want in zip(array.shape, shape, strict=True)
-            )
-            if not same or 0 in array.shape:
-                raise InputError(f"input {name!r} has shape {list(array.shape)}, the model takes {shape}")
-        return [np.ascontiguousarray(array) for array in inputs]
+    def _call(self, index: int, arrays: list[Array]) -> Any:
+        memory = index, tuple(array.shape for array in arrays)
+        if memory != self._memory:
+            # What calls of another profile or other sizes have left is of no use to this one.
+            self._release_memory()
+            self._memory = memory
+        tensors = [self._tensor(array) for array in arrays]
+        return _to_numpy(self._functions[index](*tensors, self._weights))
 
 
 def load(path: str | os.PathLike[str], target: str | None = None) -> Session:
@@ -222,6 +277,7 @@ def cpu_features() -> frozenset[str]:
 
 def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
     costs = manifest["targets"][target]["costs"]
+    bounds = manifest["targets"][target].get("conformal", {}).get("profiles", [{}] * len(costs))
     return tuple(
         ProfileInfo(
             index=index,
@@ -233,14 +289,18 @@ def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
             options=profile["options"],
             quality=profile["quality"],
             certificate=profile["certificate"],
+            drift_bound=bound["drift"]["l2"] if bound else None,
         )
-        for index, (profile, cost) in enumerate(zip(manifest["profiles"], costs, strict=True))
+        for index, (profile, cost, bound) in enumerate(zip(manifest["profiles"], costs, bounds, strict=True))
     )
 
 
 def _import_runtime() -> tuple[Any, Any, Any]:
-    """TVM's runtime, its virtual machine and FFI. In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM;
-    elsewhere the runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing."""
+    """TVM's runtime, its virtual machine and FFI.
+
+    In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM; elsewhere the
+    runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing.
+    """
     lean = "torch" not in sys.modules and "tvm" not in sys.modules
     if lean:
         os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")

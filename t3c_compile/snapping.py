@@ -64,7 +64,8 @@ def snap(
     climb is what it answers as the budget grows; without, the next upgrade is always the one that saves the most
     certified error for its cost. ``count`` points evenly spaced in cost become profiles; one that costs more than
     another and is no closer to the full model on the calibration data is dropped, and the notes say so; others between
-    those kept are tried in its place.
+    those kept are tried in its place. Activations are int8 but where ``model.set_activation_dtype("float32")`` was
+    called before: then linear layers are weight-only in all profiles.
 
     Args:
         calibration: input tuples, also used to set each profile's activation ranges.

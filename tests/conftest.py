@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from certified import Small
 
 from t3c_compile import qemu
 
@@ -28,3 +29,9 @@ def arm64() -> ModuleType:
             # Where every test must run, one that cannot is a failure.
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"arm64: {reason}")
     return qemu
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A small artifact to certify; copies are taken of it."""
+    return Small(tmp_path_factory.mktemp("small"))

@@ -103,7 +103,26 @@ def build_cases() -> list[Case]:
         (100, 129, 130, 4, -3),
     ]:
         make.int8_linear(rows, inputs, outputs, bits, zero_point)
-        make.weight_only_linear(rows, inputs, outputs, bits)
+    for rows, inputs, outputs, bits, symbolic in [
+        (1, 64, 64, 8, False),
+        (1, 130, 257, 4, True),
+        (1, 5, 3, 6, False),
+        (1, 1025, 1031, 4, False),
+        (2, 33, 17, 4, False),
+        (3, 70, 150, 7, True),
+        (4, 40, 10, 4, False),
+        (5, 129, 130, 8, True),
+        (197, 77, 100, 4, False),
+    ]:
+        make.weight_only_linear(rows, inputs, outputs, bits, symbolic)
+    for rows, inputs, outputs, max_rank, rank, bits, symbolic in [
+        (1, 64, 96, 32, 16, 8, False),
+        (1, 70, 90, 48, 33, 4, True),
+        (3, 17, 5, 7, 7, 4, False),
+        (4, 30, 50, 21, 9, 6, False),
+        (101, 30, 50, 21, 13, 4, True),
+    ]:
+        make.svd_weight_only_linear(rows, inputs, outputs, max_rank, rank, bits, symbolic)
     for rows, inputs, outputs, max_rank, rank, bits, zero_point in [
         (8, 64, 96, 32, 16, 8, 3),
         (5, 30, 50, 21, 9, 6, -128),
@@ -164,13 +183,17 @@ def compile_module(functions: Mapping[str, object], target: "Target") -> tvm.run
 def pack_numpy(packing: object, raw: Array) -> Array:
     """The meaning of a packing, by numpy; what the pack kernels are held against."""
     p = packing
-    blocks, quad = -(-p.outputs // 16), 4 if p.layout == "quads" else 1  # type: ignore[attr-defined]
+    blocks, quad = -(-p.outputs // 16), {"quads": 4, "nibbles": 8}.get(p.layout, 1)  # type: ignore[attr-defined]
     quads = -(-p.inputs // quad)  # type: ignore[attr-defined]
     packed = np.zeros((p.groups, blocks * 16, p.taps, quads * quad), raw.dtype)  # type: ignore[attr-defined]
     g, o, t, i = np.ix_(*(range(n) for n in (p.groups, p.outputs, p.taps, p.inputs)))  # type: ignore[attr-defined]
     so, si, st = p.strides  # type: ignore[attr-defined]
     packed[:, : p.outputs, :, : p.inputs] = raw.reshape(-1)[(g * p.outputs + o) * so + i * si + t * st]  # type: ignore[attr-defined]
     packed = packed.reshape(p.groups * blocks, 16, p.taps * quads, quad).transpose(0, 2, 1, 3)  # type: ignore[attr-defined]
+    if p.layout == "nibbles":  # type: ignore[attr-defined]
+        places = 4 * np.arange(8, dtype=np.uint32)
+        packed = ((packed.astype(np.int32) + 8 >> 4 & 15).astype(np.uint32) << places).sum(-1, dtype=np.uint32)
+        packed = packed.view(np.int32)
     return np.ascontiguousarray(packed.reshape(p.shape))  # type: ignore[attr-defined]
 
 
@@ -260,15 +283,33 @@ class _Maker:
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
         self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec=spec)
 
-    def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int) -> None:
-        from t3c_compile.backends.tvm.kernels import floats, pack
+    def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int, symbolic: bool) -> None:
+        from t3c_compile.backends.tvm.kernels import weight_only
 
         x, w = self.floats(rows, inputs), self.weights(outputs, inputs)
+        x[:, 0], x[:, -1] = 1e4, -1e-4
         scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
-        spec = floats.FloatLinearSpec((rows,), inputs, outputs, bits, bias is not None)
-        args = [x, pack_numpy(pack.lanes_of_matrix(w.shape, "int8"), w), scale, bias]
+        args = _present([x, pack_numpy(weight_only.weight_packing(w.shape, bits), w), scale, bias])
         expected = _op("weight_only_linear", x, w, scale, bias, bits)
-        self.add(_present(args), expected, lambda isa: floats.float_linear(isa, spec), "weight_only_linear")
+        spec = weight_only.WeightOnlySpec(("n" if symbolic else rows,), inputs, outputs, bits, bias is not None)
+        self.add(args, expected, partial(weight_only.weight_only_linear, s=spec), "weight_only_linear")
+
+    def svd_weight_only_linear(
+        self, rows: int, inputs: int, outputs: int, max_rank: int, rank: int, bits: int, symbolic: bool
+    ) -> None:
+        from t3c_compile.backends.tvm.kernels import weight_only
+
+        x, v, u = self.floats(rows, inputs), self.weights(max_rank, inputs), self.weights(max_rank, outputs)
+        mid, bias = self.floats(max_rank, low=1e-4, high=0.01), self.floats(outputs) if bits != 6 else None
+        packed = [
+            pack_numpy(weight_only.weight_packing(v.shape, bits), v),
+            pack_numpy(weight_only.weight_packing(u.shape, bits, transposed=True), u),
+        ]
+        args = _present([x, *packed, mid, bias])
+        expected = _op("svd_weight_only_linear", x, v, u, mid, bias, rank, bits)
+        lead = ("n" if symbolic else rows,)
+        spec = weight_only.WeightOnlySpec(lead, inputs, outputs, bits, bias is not None, max_rank, rank)
+        self.add(args, expected, partial(weight_only.svd_weight_only_linear, s=spec), "svd_weight_only_linear")
 
     def svd_linear(
         self, rows: int, inputs: int, outputs: int, max_rank: int, rank: int, bits: int, zero_point: int

@@ -15,6 +15,7 @@ from nets import mlp
 from t3c_compile.checkpoint import Checkpoint
 from t3c_compile.cli import main
 from t3c_compile.manifest import read_manifest
+from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import Profile
 
@@ -102,6 +103,9 @@ def test_a_pt2_file_is_a_model(folder: Path, capsys: pytest.CaptureFixture[str])
     loaded = Checkpoint.load("m.pt").model
     x = torch.randn(9, 64)
     assert torch.allclose(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+    _run(capsys, "transform", "m.pt2", "--activations", "float32", "-o", "f.pt")
+    for path, floats in (("m.pt", False), ("f.pt", True)):
+        assert {layer.float_activations for _, layer in elastic_layers(Checkpoint.load(path).model)} == {floats}
     loaded.train()
     loaded(x).sum().backward()
     assert any("training graph" in note for note in loaded.report.notes)

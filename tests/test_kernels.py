@@ -22,7 +22,7 @@ from tvm import te
 
 from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
 from t3c_compile.backends.tvm.default_schedule import schedule_default
-from t3c_compile.backends.tvm.kernels import pack, quantize, vmath
+from t3c_compile.backends.tvm.kernels import pack, quantize, vmath, weight_only
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.passes.ops import DEPLOYMENT_OPS
 
@@ -51,6 +51,48 @@ def test_kernel_equals_reference(case: Case, results: dict[str, Array]) -> None:
     assert_close(case, results[case.call.name])
 
 
+def test_weight_only_results_do_not_depend_on_rows_or_target() -> None:
+    """One chain of fused multiply-adds an output: the same bits from every kernel on every instruction set."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((9, 203)).astype("float32") * np.float32(1e3)
+    w = rng.integers(-119, 120, (77, 203)).astype("int8")
+    scale = rng.uniform(0.01, 1, 77).astype("float32")
+    for bits in (4, 8):
+        packed = pack_numpy(weight_only.weight_packing(w.shape, bits), w)
+        found = []
+        for name in HOST_TARGETS:
+            isa = isa_for(get_target(name))
+            kernels = {
+                f"rows{rows}": weight_only.weight_only_linear(
+                    isa, weight_only.WeightOnlySpec((rows,), 203, 77, bits)
+                ).with_attr("global_symbol", f"rows{rows}")
+                for rows in (1, 2, 3, 4, 9)
+            }
+            module = compile_module(kernels, get_target(name))
+            for rows in (1, 2, 3, 4, 9):
+                y = tvm.runtime.tensor(np.zeros((rows, 77), "float32"))
+                module[f"rows{rows}"](*(tvm.runtime.tensor(a) for a in (x[:rows], packed, scale)), y)
+                found.append(y.numpy())
+        for y in found:
+            np.testing.assert_array_equal(y, found[-1][: len(y)])
+
+
+@pytest.mark.parametrize(("target", "name"), [("x86_64", "zmm"), ("x86_64-v3", "ymm"), ("cortex-a76", "v")])
+def test_weight_only_code_for_one_row_is_vectorized(target: str, name: str) -> None:
+    """Weights are widened and multiplied in whole vectors; on AVX512 a 4-bit one is looked up by a permutation."""
+    if get_target(target).simd == "avx2" and target == "x86_64":
+        pytest.skip("this host has no AVX512-VNNI")
+    for bits in (4, 8):
+        spec = weight_only.WeightOnlySpec((1,), 256, 256, bits)
+        kernel = weight_only.weight_only_linear(isa_for(get_target(target)), spec).with_attr("global_symbol", "f")
+        assembly = compile_module({"f": kernel}, get_target(target)).inspect_source("asm")
+        products = re.findall(r"(?:vfmadd\d+|fmla)\w*\s[^\n]*", assembly)
+        assert products
+        assert all(re.search(rf"\b%?{name}\d+", product) for product in products)
+        if target == "x86_64" and bits == 4:
+            assert re.search(r"vperm(ps|d)\s", assembly)
+
+
 def test_every_deployment_op_has_a_case() -> None:
     covered = {case.call.name.rpartition("_")[0] for case in CASES}
     assert covered == {op.removesuffix("_int8") for op in DEPLOYMENT_OPS}
@@ -72,14 +114,17 @@ def test_a_wrong_step_in_the_middle_is_seen() -> None:
         pack.quads_of_matrix((9, 40), transposed=True),
         pack.quads_of_conv((12, 5, 3, 3), groups=2),
         pack.lanes_of_matrix((20, 7), "float32"),
+        pack.lanes_of_matrix((9, 40), "int8", transposed=True),
+        pack.nibbles_of_matrix((33, 18)),
+        pack.nibbles_of_matrix((9, 40), transposed=True),
     ],
     ids=lambda p: f"{p.layout}{p.raw_shape}",
 )
 def test_pack_kernel(packing: pack.Packing) -> None:
-    raw = np.arange(np.prod(packing.raw_shape)).astype(packing.dtype).reshape(packing.raw_shape)
+    raw = (np.arange(np.prod(packing.raw_shape)) % 239 - 119).astype(packing.dtype).reshape(packing.raw_shape)
     kernel = pack.pack(packing).with_attr("global_symbol", "pack")
     module = compile_module({"pack": kernel}, get_target("x86_64"))
-    packed = tvm.runtime.tensor(np.ones(packing.shape, packing.dtype))
+    packed = tvm.runtime.tensor(np.ones(packing.shape, packing.packed_dtype))
     module["pack"](tvm.runtime.tensor(raw), packed)
     np.testing.assert_array_equal(packed.numpy(), pack_numpy(packing, raw))
 

@@ -26,6 +26,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "int8_linear": (row, _int8(9, 11), torch.rand(9), torch.randn(9), 0.02, 5, 6),
         "int8_embedding": (torch.tensor([[3, 0], [8, 8]]), _int8(9, 11), torch.rand(9), 6),
         "svd_linear": (row, _int8(8, 11), _int8(8, 9), torch.rand(8), *chain, 3, 4),
+        "svd_weight_only_linear": (torch.randn(3, 11), _int8(8, 11), _int8(8, 9), torch.rand(8), torch.randn(9), 3, 4),
         "weight_only_linear": (torch.randn(3, 11), _int8(9, 11), torch.rand(9), None, 4),
         "int8_conv2d": (image, _int8(9, 3, 3, 3)[:8], torch.rand(8), None, 0.02, 5, *conv, 2, 8),
         "svd_conv2d": (image, _int8(8, 6), _int8(8, 9), torch.rand(8), *chain, [2, 1], 5, 8),

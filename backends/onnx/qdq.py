@@ -12,6 +12,10 @@ rounding to fewer bits) are nodes on constants, which runtimes fold when they lo
 same int8 bytes. 4-bit weights are INT4 initializers of their own, half the size; they go through a Cast to int8,
 because ONNX Runtime has no integer kernel behind a DequantizeLinear of INT4 (it multiplies in float32, 4 times slower).
 
+Weight-only products are a float MatMul of a dequantized weight. Of those ONNX Runtime makes MatMulNBits, which by
+default rounds their activations to int8; with the session option ``session.qdq_matmulnbits_accuracy_level`` at 1 it
+does not.
+
 Two things differ from the meaning of the ops: QuantizeLinear divides by the scale where they multiply by its
 reciprocal, and it clamps middles at -128 where they clamp at -127. Either moves a value by one int8 step.
 """
@@ -85,6 +89,13 @@ class Expansion:
 
     def weight_only_linear(self, x: Value, weight: Value, scale: Value, bias: Value | None, bits: int) -> Value:
         y = self._matmul(x, self._transposed(self._weight(weight, bits)), self._scale(scale, bits))
+        return self._plus(y, bias, flat=False)
+
+    def svd_weight_only_linear(
+        self, x: Value, v: Value, u: Value, mid_scale: Value, bias: Value | None, rank: int, bits: int
+    ) -> Value:
+        h = self._matmul(x, self._transposed(self._weight(v, bits, rank)), self._scale(mid_scale, bits, rank))
+        y = self._matmul(h, self._weight(u, bits, rank), self._scale(None, bits))
         return self._plus(y, bias, flat=False)
 
     def int8_embedding(self, indices: Value, weight: Value, scale: Value, bits: int) -> Value:

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.convert_convs import CONV_CONVERTERS
 from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, attention_f32
-from t3c_compile.backends.tvm.kernels import floats, linear, moves, pack, quantize, vmath
+from t3c_compile.backends.tvm.kernels import floats, linear, moves, pack, quantize, vmath, weight_only
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
@@ -65,26 +65,37 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     return lower.call_fused(lower.kernel(spec), args, [*lead, outputs])
 
 
-def _float_linear(
-    lower: Lowering, x: relax.Expr, weight: fx.Node, scale: fx.Node | None, bits: int, bias: fx.Node | None
-) -> relax.Var:
+def _weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
+    x, raw = lower.value(a["x"]), tuple(shape_of(lower.value(a["weight"])))
     *lead, inputs = shape_of(x)
-    raw = tuple(shape_of(lower.value(weight)))
-    packed = lower.packed(weight, pack.lanes_of_matrix(raw, "int8" if bits else "float32"))
-    spec = floats.FloatLinearSpec(dims(lead), inputs, raw[0], bits, bias is not None)
-    args = [x, packed, lower.optional(scale), lower.optional(bias)]
-    return lower.call(floats.float_linear(lower.isa, spec), args, [*lead, raw[0]], "float32")
+    weight = lower.packed(a["weight"], weight_only.weight_packing(raw, a["bits"]))
+    spec = weight_only.WeightOnlySpec(
+        dims(lead), inputs, raw[0], a["bits"], bias=a["bias"] is not None, finish=lower.finish
+    )
+    args = [x, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
+    return lower.call_fused(weight_only.weight_only_linear(lower.isa, spec), args, [*lead, raw[0]])
 
 
-def _weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var:
-    return _float_linear(lower, lower.value(a["x"]), a["weight"], a["scale"], a["bits"], a["bias"])
+def _svd_weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
+    x, (max_rank, outputs) = lower.value(a["x"]), shape_of(lower.value(a["u"]))
+    *lead, inputs = shape_of(x)
+    v = lower.packed(a["v"], weight_only.weight_packing((max_rank, inputs), a["bits"]))
+    u = lower.packed(a["u"], weight_only.weight_packing((max_rank, outputs), a["bits"], transposed=True))
+    spec = weight_only.WeightOnlySpec(
+        dims(lead), inputs, outputs, a["bits"], a["bias"] is not None, max_rank, a["rank"], lower.finish
+    )
+    args = [x, v, u, lower.value(a["mid_scale"]), lower.optional(a["bias"])]
+    return lower.call_fused(weight_only.svd_weight_only_linear(lower.isa, spec), args, [*lead, outputs])
 
 
 def _linear(lower: Lowering, a: Arguments) -> relax.Var:
-    x = lower.value(a["input"])
-    if a["weight"].name in lower.names:
-        return _float_linear(lower, x, a["weight"], None, 0, a["bias"])
-    weight = a["weight"]
+    x, weight = lower.value(a["input"]), a["weight"]
+    if weight.name in lower.names:
+        *lead, inputs = shape_of(x)
+        outputs = shape_of(lower.value(weight))[0]
+        packed = lower.packed(weight, pack.lanes_of_matrix((outputs, inputs), "float32"))
+        kernel = floats.float_linear(lower.isa, dims(lead), inputs, outputs, a["bias"] is not None)
+        return lower.call(kernel, [x, packed, lower.optional(a["bias"])], [*lead, outputs], "float32")
     if weight.target == torch.ops.aten.permute.default and weight.args[0].name in lower.names:
         # Stored as [inputs, outputs]: the product reads it as it lies.
         y = lower.emit(relax.op.matmul(x, lower.value(weight.args[0])))
@@ -211,6 +222,7 @@ CONVERTERS: dict[str, Converter] = {
     "int8_embedding.default": _int8_embedding,
     "svd_linear.default": _svd_linear,
     "weight_only_linear.default": _weight_only_linear,
+    "svd_weight_only_linear.default": _svd_weight_only_linear,
     "linear.default": _linear,
     "conv_transpose3d.input": _conv_transpose3d,
     "slice.Tensor": _slice,

@@ -15,6 +15,8 @@ from t3c_compile.backends.tvm.kernels.finish import ACTIVATIONS, ADD, Finish
 _HEADS = (
     "int8_linear",
     "svd_linear",
+    "weight_only_linear",
+    "svd_weight_only_linear",
     "int8_conv2d",
     "svd_conv2d",
     "tucker2_conv2d",

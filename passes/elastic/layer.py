@@ -33,10 +33,14 @@ class ElasticLayer(nn.Module):
     """The ``t3c::`` op this layer becomes when specialized."""
     float_op: ClassVar[Any] = None
     """The ATen op it becomes at 32 bits; dense layers have one."""
+    weight_only_op: ClassVar[Any] = None
+    """The ``t3c::`` op it becomes with float32 activations; linear layers have one."""
     middles: ClassVar[tuple[str, ...]] = ()
     """Names of the int8 tensors between factors: ``h``, then ``g``."""
     unrounded = False
     """Set while the model is known to be at 32 bits, where rounding a weight would only copy it."""
+    float_activations = False
+    """Whether activations stay float32, in training as in deployment; see ``ElasticGraphModule``."""
 
     def __init__(self, max_rank: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class ElasticLayer(nn.Module):
 
     def _quantized(self, name: str, x: Tensor, call: int) -> Tensor:
         quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
-        return x if quantizer is None else quantizer(x, self._bits(), call)
+        return x if quantizer is None or self.float_activations else quantizer(x, self._bits(), call)
 
     def _rounded(self, factor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """``factor`` as training sees it, one scale over ``dim``."""
@@ -170,8 +174,13 @@ class ElasticLayer(nn.Module):
         return tensor if name == "bias" else tensor[:rank]
 
     def activations(self) -> dict[str, Activation]:
-        """Scale and zero point of input (``x``; of the second call, ``x.1``) and middles, from the quantizers."""
+        """Scale and zero point of input (``x``; of the second call, ``x.1``) and middles, from the quantizers.
+
+        Empty where activations stay float32.
+        """
         found: dict[str, Activation] = {}
+        if self.float_activations:
+            return found
         for name in ("x", *self.middles):
             quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
             if quantizer is None:

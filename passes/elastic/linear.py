@@ -11,6 +11,7 @@ class SvdLinear(TwoFactorLayer):
     """``y = U (V x) + b``."""
 
     op = torch.ops.t3c.svd_linear.default
+    weight_only_op = torch.ops.t3c.svd_weight_only_linear.default
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
         u, mid = self._rounded_out(self.U)
@@ -23,6 +24,7 @@ class DenseLinear(WholeLayer):
     """A linear elastic in width only: ``y = W x + b`` with ``W`` [m, n]."""
 
     op = torch.ops.t3c.int8_linear.default
+    weight_only_op = torch.ops.t3c.weight_only_linear.default
     float_op = torch.ops.aten.linear.default
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:

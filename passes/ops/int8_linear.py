@@ -1,4 +1,4 @@
-"""Quantized linear layers: dense, two-factor (SVD) chain, and weight-only.
+"""Quantized linear layers: dense, and two-factor (SVD) chain.
 
 Sums are exact integers (the reference works in float64, exact below 2**53); each rescaling is one float32
 multiplication or fused multiply-add, so a backend that accumulates in int32 reproduces every number to the bit.
@@ -110,14 +110,3 @@ def _(
     bits: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], u.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("t3c::weight_only_linear", mutates_args=())
-def weight_only_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """Float activations: float32 ``x`` [..., n], int8 ``weight`` [m, n], float32 ``scale`` [m] -> float32 [..., m]."""
-    return affine(x @ keep_top_bits(weight, bits).to(torch.float32).T, scale, bias)
-
-
-@weight_only_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))

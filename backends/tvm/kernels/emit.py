@@ -140,6 +140,14 @@ def store_partial(buffer: Buffer, index: Index, value: Expr, lanes: int, valid: 
         T.buffer_store(buffer, spill[lane], [index + lane])
 
 
+def lanes_before(end: int, column: Index, lanes: int, body: Callable[[int], None]) -> None:
+    """Call ``body(valid)`` with how many of the ``lanes`` columns from ``column`` (a multiple of ``lanes``) on lie
+    before ``end``, where any do."""
+    rest = end % lanes
+    tail = (lambda: when(column < end, lambda: body(rest))) if rest else None
+    when(column + lanes <= end, lambda: body(lanes), tail)
+
+
 def chunks(total: Index, lanes: int, body: Callable[[Index, int], None]) -> None:
     """Call ``body(index, lanes)`` over ``total`` elements: whole vectors, then single elements."""
     whole = total // lanes

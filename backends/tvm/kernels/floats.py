@@ -1,4 +1,4 @@
-"""Float32 products: linear layers with float32 or int8 (weight-only) weights, and batched matrix products.
+"""Float32 products: linear layers with float32 weights, and batched matrix products.
 
 One tile emitter: rows of the left factor are broadcast against vectors of the right one, sums stay in registers. Every
 output is one chain of fused multiply-adds over the reduction, in order, whatever the tile.
@@ -21,6 +21,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     ceil_div,
     fill,
     for_each,
+    lanes_before,
     load,
     load_partial,
     prim_func,
@@ -29,8 +30,6 @@ from t3c_compile.backends.tvm.kernels.emit import (
     static,
     store,
     store_partial,
-    top_bits,
-    vec,
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, Isa
@@ -131,64 +130,38 @@ def float_product(
         by_rows(rows, most, sweep)
 
 
-@dataclass(frozen=True)
-class FloatLinearSpec:
-    """``y = x @ weight.T``; ``bits`` 0 for a float32 weight, else an int8 one of that width times a scale an output."""
-
-    lead: tuple[int | str, ...]
-    inputs: int
-    outputs: int
-    bits: int
-    bias: bool
-
-
 @cache
-def float_linear(isa: Isa, s: FloatLinearSpec) -> tvm.tirx.PrimFunc:
-    """(float32 x [..., n], packed weight, scale [m] if int8, bias [m] if any, float32 y [..., m]).
+def float_linear(isa: Isa, lead: tuple[int | str, ...], inputs: int, outputs: int, has_bias: bool) -> tvm.tirx.PrimFunc:
+    """(float32 x [*lead, n], weight, bias [m] if any, float32 y [*lead, m]): ``y = x @ weight.T + bias``.
 
-    The weight is packed by ``lanes_of_matrix``.
+    ``weight`` is float32 [m, n] packed by ``lanes_of_matrix``.
     """
-    dtype = "int8" if s.bits else "float32"
-    with prim_func("weight_only_linear" if s.bits else "float_linear") as function:
-        x, weight, scale, bias, y = function.args(
-            x=((*s.lead, s.inputs), "float32"),
-            weight=(lanes_of_matrix((s.outputs, s.inputs), dtype).shape, dtype),
-            scale=((s.outputs,), "float32") if s.bits else None,
-            bias=((s.outputs,), "float32") if s.bias else None,
-            y=((*s.lead, s.outputs), "float32"),
+    with prim_func("float_linear") as function:
+        x, weight, bias, y = function.args(
+            x=((*lead, inputs), "float32"),
+            weight=(lanes_of_matrix((outputs, inputs), "float32").shape, "float32"),
+            bias=((outputs,), "float32") if has_bias else None,
+            y=((*lead, outputs), "float32"),
         )
         lanes = isa.lanes
 
         def read(column: Index, k: Index) -> Expr:
             # A panel's last vectors may lie past the last block; they are read from the first one and never stored.
-            block = T.min(column // BLOCK, ceil_div(s.outputs, BLOCK) - 1)
-            value = load(weight, (block * s.inputs + k) * BLOCK + column % BLOCK, lanes)
-            return T.cast(top_bits(value, s.bits, lanes), vec("float32", lanes)) if s.bits else value
+            block = T.min(column // BLOCK, ceil_div(outputs, BLOCK) - 1)
+            return load(weight, (block * inputs + k) * BLOCK + column % BLOCK, lanes)
 
         def epilogue(b: Index, row: Index, column: Index, total: Expr) -> None:
             def finish(valid: int) -> None:
-                value = total
-                if scale is not None:
-                    gain = load_partial(scale, column, lanes, valid)
-                    value = (
-                        value * gain if bias is None else T.fma(value, gain, load_partial(bias, column, lanes, valid))
-                    )
-                elif bias is not None:
-                    value = value + load_partial(bias, column, lanes, valid)
-                store_partial(y, row * s.outputs + column, value, lanes, valid)
+                value = total if bias is None else total + load_partial(bias, column, lanes, valid)
+                store_partial(y, row * outputs + column, value, lanes, valid)
 
-            rest = s.outputs % lanes
-            if s.outputs % (8 * lanes) == 0:
-                finish(lanes)
-            else:
-                tail = (lambda: when(column < s.outputs, lambda: finish(rest))) if rest else None
-                when(column + lanes <= s.outputs, lambda: finish(lanes), tail)
+            lanes_before(outputs, column, lanes, finish)
 
         def left(b: Index, row: Index) -> Index:
-            return row * s.inputs
+            return row * inputs
 
-        rows = function.size(s.lead)
-        float_product(isa, 1, rows, s.outputs, s.inputs, left, x, lambda b: Right(read, False), epilogue, lanes)
+        rows = function.size(lead)
+        float_product(isa, 1, rows, outputs, inputs, left, x, lambda b: Right(read, False), epilogue, lanes)
     return function.func
 
 

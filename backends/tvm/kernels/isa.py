@@ -6,20 +6,25 @@ one word a lane. So weights are packed alike for all targets and only ``dot`` di
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.targets import Target
+from t3c_compile.backends.tvm.kernels.emit import Index, int32
 
 QUAD = 4  # int8 values a word
+NIBBLES = 8  # 4-bit values a word
 BLOCK = 16  # outputs a packed weight block
 
 
 @dataclass(frozen=True)
 class Isa:
     """``dot(acc, activations, weights)`` adds four products a lane: int32 x lanes, int8 x 4 lanes, int8 x 4 lanes.
+
+    ``nibble(words, i)`` is the signed 4-bit value ``i`` (lowest first) of each int32 word, as float32.
 
     ``unsigned``: the dot product wants activations as uint8, which the kernels hold as ``x + 128``.
     ``registers``: how many accumulator registers a tile may use.
@@ -30,6 +35,7 @@ class Isa:
     registers: int
     unsigned: bool
     dot: Callable[[Expr, Expr, Expr], Expr]
+    nibble: Callable[[Expr, Index], Expr]
 
     @property
     def activation_dtype(self) -> str:
@@ -78,11 +84,28 @@ def _neon_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
     return acc + T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", pairs)
 
 
+def _permuted_nibble(words: Expr, i: Index) -> Expr:
+    # An index of the permutation is the lowest four bits of its lane: a table of all that they can mean.
+    offset = T.broadcast(T.int32(8), 16)
+    table = T.cast((T.ramp(T.int32(0), T.int32(1), 16) ^ offset) - offset, "float32x16")
+    places = words >> T.broadcast(int32(4 * i), 16)
+    return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", table, places)
+
+
+def _shifted_nibble(lanes: int, words: Expr, i: Index) -> Expr:
+    top = words << T.broadcast(int32(28 - 4 * i), lanes)
+    return T.cast(top >> T.broadcast(T.int32(28), lanes), f"float32x{lanes}")
+
+
+def _isa(name: str, lanes: int, registers: int, dot: Callable[[Expr, Expr, Expr], Expr]) -> Isa:
+    return Isa(name, lanes, registers, False, dot, partial(_shifted_nibble, lanes))
+
+
 _ISAS = {
-    "avx512vnni": Isa("avx512vnni", lanes=16, registers=24, unsigned=True, dot=_vnni_dot),
-    "avx2": Isa("avx2", lanes=8, registers=8, unsigned=False, dot=_avx2_dot),
-    "dotprod": Isa("dotprod", lanes=4, registers=24, unsigned=False, dot=_sdot),
-    "neon": Isa("neon", lanes=4, registers=24, unsigned=False, dot=_neon_dot),
+    "avx512vnni": Isa("avx512vnni", 16, 24, unsigned=True, dot=_vnni_dot, nibble=_permuted_nibble),
+    "avx2": _isa("avx2", 8, 8, _avx2_dot),
+    "dotprod": _isa("dotprod", 4, 24, _sdot),
+    "neon": _isa("neon", 4, 24, _neon_dot),
 }
 
 

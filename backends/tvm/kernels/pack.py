@@ -1,17 +1,19 @@
 """Weight packing, run once at load: from the raw store's layout to what the kernels read.
 
 ``quads``: int8 ``[groups][outputs / 16][taps][inputs / 4][16][4]``, the layout of every int8 kernel, zero-padded.
-``lanes``: ``[outputs / 16][inputs][16]`` in the raw dtype, the layout of the float and weight-only kernels; of a
-depthwise convolution's taps.
+``lanes``: ``[outputs / 16][inputs][16]`` in the raw dtype, the layout of the float, weight-only and depthwise kernels.
+``nibbles``: int32 ``[outputs / 16][inputs / 8][16]``, the layout of weight-only kernels at 4 bits: a word holds eight
+inputs of one output, each its top four bits in two's complement, the first in the lowest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
+from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Index, ceil_div, for_each, prim_func, product
-from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD
+from t3c_compile.backends.tvm.kernels.emit import Index, ceil_div, for_each, prim_func, top_bits
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, NIBBLES, QUAD
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,12 @@ class Packing:
         blocks = self.groups * ceil_div(self.outputs, BLOCK)
         if self.layout == "quads":
             return (blocks, self.taps * ceil_div(self.inputs, QUAD), BLOCK, QUAD)
-        return (blocks, self.inputs, BLOCK)
+        return (blocks, ceil_div(self.inputs, NIBBLES) if self.layout == "nibbles" else self.inputs, BLOCK)
+
+    @property
+    def packed_dtype(self) -> str:
+        """Of the packed tensor; ``dtype`` is the raw one's."""
+        return "int32" if self.layout == "nibbles" else self.dtype
 
 
 def quads_of_matrix(shape: tuple[int, ...], transposed: bool = False) -> Packing:
@@ -49,9 +56,14 @@ def quads_of_conv(shape: tuple[int, ...], groups: int = 1) -> Packing:
     return Packing("quads", "int8", shape, groups, outputs, inputs, taps, (inputs * taps, taps, 1))
 
 
-def lanes_of_matrix(shape: tuple[int, ...], dtype: str) -> Packing:
-    """[outputs, inputs] of ``dtype``."""
-    return Packing("lanes", dtype, shape, 1, shape[0], shape[1], 1, (shape[1], 1, 0))
+def lanes_of_matrix(shape: tuple[int, ...], dtype: str, transposed: bool = False) -> Packing:
+    """[outputs, inputs] of ``dtype``, or [inputs, outputs] when ``transposed``."""
+    return replace(quads_of_matrix(shape, transposed), layout="lanes", dtype=dtype)
+
+
+def nibbles_of_matrix(shape: tuple[int, ...], transposed: bool = False) -> Packing:
+    """int8 [outputs, inputs], or [inputs, outputs] when ``transposed``, kept at 4 bits."""
+    return replace(quads_of_matrix(shape, transposed), layout="nibbles")
 
 
 def lanes_of_depthwise(shape: tuple[int, ...]) -> Packing:
@@ -63,21 +75,36 @@ def lanes_of_depthwise(shape: tuple[int, ...]) -> Packing:
 def pack(packing: Packing) -> tvm.tirx.PrimFunc:
     """(raw, packed) of the shapes in ``packing``."""
     p = packing
-    quad = QUAD if p.layout == "quads" else 1
+    quad = {"quads": QUAD, "nibbles": NIBBLES}.get(p.layout, 1)
     blocks, quads = ceil_div(p.outputs, BLOCK), ceil_div(p.inputs, quad)
     with prim_func(f"pack_{p.layout}") as function:
-        raw, packed = function.args(raw=(p.raw_shape, p.dtype), packed=(p.shape, p.dtype))
+        raw, packed = function.args(raw=(p.raw_shape, p.dtype), packed=(p.shape, p.packed_dtype))
 
-        @for_each(p.groups * blocks, product(p.shape))
+        @for_each(p.groups * blocks, p.groups * blocks * p.taps * p.inputs * BLOCK)
         def _(task: Index) -> None:
-            loops = T.serial(0, p.taps), T.serial(0, quads), T.serial(0, BLOCK), T.serial(0, quad)
-            with loops[0] as tap, loops[1] as k, loops[2] as lane, loops[3] as i:
-                output, source = (task % blocks) * BLOCK + lane, k * quad + i
+            def value(output: Index, source: Index, tap: Index) -> Expr:
                 where = (
                     ((task // blocks) * p.outputs + output) * p.strides[0] + source * p.strides[1] + tap * p.strides[2]
                 )
                 inside = T.And(output < p.outputs, source < p.inputs)
-                value = T.if_then_else(inside, raw[where], T.cast(0, p.dtype))
-                T.buffer_store(packed, value, [(((task * p.taps + tap) * quads + k) * BLOCK + lane) * quad + i])
+                return T.if_then_else(inside, raw[where], T.cast(0, p.dtype))
+
+            with T.serial(0, p.taps) as tap, T.serial(0, quads) as k, T.serial(0, BLOCK) as lane:
+                output = (task % blocks) * BLOCK + lane
+                word = ((task * p.taps + tap) * quads + k) * BLOCK + lane
+                if p.layout == "nibbles":
+                    T.buffer_store(packed, _word([value(output, k * quad + i, tap) for i in range(quad)]), [word])
+                else:
+                    with T.serial(0, quad) as i:
+                        T.buffer_store(packed, value(output, k * quad + i, tap), [word * quad + i])
 
     return function.func
+
+
+def _word(values: list[Expr]) -> Expr:
+    """Int8 ``values`` at 4 bits in one int32, the first in the lowest bits."""
+    word: Expr = T.int32(0)
+    for i, value in enumerate(values):
+        top = T.cast(top_bits(value, 4, 1), "int32") >> 4
+        word = word | ((top & 15) << (4 * i))
+    return word
