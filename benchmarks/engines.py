@@ -75,7 +75,10 @@ def prepare(engine: str, name: str, batch: int, folder: Path) -> None:
     elif engine == "executorch_int8":
         _prepare_executorch(model, batches, folder)
     elif engine in FRACTIONS:
-        _prepare_t3c(model, batches, FRACTIONS[engine], folder)
+        import t3c_compile
+
+        elastic, profiles = one_profile(model, batches, FRACTIONS[engine])
+        t3c_compile.lower(elastic, profiles, ["x86_64"], folder / "model.t3c", batches[0])
 
 
 def _prepare_onnx(engine: str, model: Any, batches: Sequence[tuple[Any, ...]], folder: Path) -> None:
@@ -131,8 +134,9 @@ def _prepare_executorch(model: Any, batches: Sequence[tuple[Any, ...]], folder: 
     (folder / "model.pte").write_bytes(lowered.to_executorch().buffer)
 
 
-def _prepare_t3c(model: Any, batches: Sequence[tuple[Any, ...]], fraction: float, folder: Path) -> None:
-    """One profile: every layer dense at 8 bits, or the greatest rank whose multiply-adds are ``fraction`` of dense."""
+def one_profile(model: Any, batches: Sequence[tuple[Any, ...]], fraction: float) -> tuple[Any, Any]:
+    """The elastic model and a set of one profile: every layer dense at 8 bits, or the greatest rank whose multiply-adds
+    are ``fraction`` of dense."""
     import t3c_compile
     from t3c_compile.cost import layer_cost
     from t3c_compile.passes.elastic import elastic_layers
@@ -153,7 +157,7 @@ def _prepare_t3c(model: Any, batches: Sequence[tuple[Any, ...]], fraction: float
     activations = {name: layer.activations() for name, layer in elastic_layers(elastic)}
     target = {"latency_ms": 0.0, "energy_mj": 0.0, "source": "none"}
     profile = Profile("p0", options, activations, 0, costs={"x86_64": dict(target)})
-    t3c_compile.lower(elastic, ProfileSet([profile], "by hand"), ["x86_64"], folder / "model.t3c", batches[0])
+    return elastic, ProfileSet([profile], "by hand")
 
 
 def open_engine(engine: str, name: str, folder: Path, threads: int) -> Call:

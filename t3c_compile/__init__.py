@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from t3c_compile.snapping import snap
     from t3c_compile.training import train
     from t3c_compile.transforming import Config, transform
+    from t3c_compile.tuning import tune
 
 _HOME = {
     "ArtifactError": "manifest",
@@ -40,6 +41,7 @@ _HOME = {
     "snap": "snapping",
     "train": "training",
     "transform": "transforming",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "snap",
     "train",
     "transform",
+    "tune",
 ]
 
 

@@ -41,6 +41,7 @@ def lower(
     example_inputs: tuple[Tensor, ...],
     progress: bool = False,
     measured: bool = True,
+    records: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Lower every profile for every target into the artifact ``path`` (a folder, by custom called ``NAME.t3c``).
 
@@ -51,19 +52,21 @@ def lower(
     Args:
         example_inputs: what the exported graphs are traced with, as for ``transform``.
         measured: False leaves all latencies as the profiles have them.
+        records: a file that ``tune`` wrote; kernels get the tiles found fastest there, then the shipped ones.
 
     Raises:
-        UnknownTargetError, UnsupportedOpError: before any compiling.
+        UnknownTargetError, UnsupportedOpError, RecordsError: before any compiling.
         ArtifactError: the disk is full or the folder cannot be written.
     """
     wanted = [get_target(target) if isinstance(target, str) else target for target in targets]
     final = Path(path)
     if not final.parent.is_dir():
         raise ArtifactError(f"{final.parent} is not a folder: make it first, or choose another output")
+    own = None if records is None else Path(records)
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir()
-        _write(temporary, model, profiles, wanted, example_inputs, progress, measured)
+        _write(temporary, model, profiles, wanted, example_inputs, progress, measured, own)
         _put_in_place(temporary, final)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
@@ -91,6 +94,7 @@ def _write(
     example_inputs: tuple[Tensor, ...],
     progress: bool,
     measured: bool,
+    records: Path | None,
 ) -> None:
     # The compiler takes a second to load; importing it here keeps errors of the arguments at once.
     from t3c_compile.backends.tvm.build import build_library
@@ -109,7 +113,7 @@ def _write(
         (folder / "lib").mkdir()
         for target in targets:
             bar.update(task, advance=1, description=f"compile for {target.name}")
-            library = build_library(programs, target, folder / "lib" / f"{target.name}.so")
+            library = build_library(programs, target, folder / "lib" / f"{target.name}.so", records)
             # Named by content: the loader takes one path for one library, even when the file there was replaced.
             name = f"lib/{target.name}-{sha256(library.path)[:12]}.so"
             library.path.rename(folder / name)

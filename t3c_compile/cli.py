@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t3c_compile.backends.targets import get_target, list_targets
+from t3c_compile.backends.targets import get_target, host_target, list_targets
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.manifest import ArtifactError, read_manifest
 from t3c_compile.passes.errors import T3CError
@@ -71,7 +71,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(c)
     c.add_argument("--target", action="append", required=True, help="target name (see `targets`); may be repeated")
     c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
+    c.add_argument("--records", help="file that `tune` wrote; its tiles go before the shipped ones")
     c.add_argument("-o", "--output", required=True, help="artifact to write, such as MODEL.t3c")
+
+    c = add("tune", _tune, "snap a model to profiles and tune their kernels on this machine, into a file of records")
+    _add_model(c)
+    c.add_argument("--target", help="target name (default: this machine)")
+    c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
+    c.add_argument("--records", required=True, help="file of records to add to, such as MODEL.tuning.jsonl")
+    c.add_argument("--minutes", type=float, default=15.0, help="of measuring at the most (default 15)")
+    c.add_argument("--threads", type=int, help="that kernels run on (default: all cores)")
+    c.add_argument("--report", action="store_true", help="only show how each kernel stands")
+    c.add_argument("--rpc", metavar="HOST:PORT", help="measure on this TVM RPC server")
+    c.add_argument("--key", default="", help="of the RPC server")
 
     c = add("export", _export, "snap a model to profiles and write each as a file for other runtimes")
     _add_model(c)
@@ -189,9 +201,30 @@ def _lower(arguments: argparse.Namespace) -> None:
     targets = [get_target(name) for name in arguments.target]
     output = _writable(arguments.output)
     checkpoint, profiles = _snap(arguments, targets)
-    progress = sys.stderr.isatty()
-    lower(checkpoint.model, profiles, targets, output, checkpoint.example_inputs, progress=progress)
+    inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
+    lower(checkpoint.model, profiles, targets, output, inputs, progress=progress, records=arguments.records)
     _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from t3c_compile.tuning import open_records, tune
+
+    target = get_target(arguments.target) if arguments.target else host_target()
+    open_records(_writable(arguments.records), target, arguments.rpc)  # what is wrong shows before the long work
+    checkpoint, profiles = _snap(arguments, [target])
+    rows = tune(
+        checkpoint.model,
+        profiles,
+        target,
+        arguments.records,
+        checkpoint.example_inputs,
+        minutes=0 if arguments.report else arguments.minutes,
+        threads=arguments.threads,
+        device=arguments.rpc,
+        device_key=arguments.key,
+        progress=sys.stderr.isatty(),
+    )
+    show(f"kernels of all profiles, those with the most time first: {arguments.records}", rows, arguments.json)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
@@ -38,11 +38,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """A call, what it must give, and the kernel's source for an instruction set."""
+    """A call, what it must give, and the kernel's source for an instruction set; the spec of those that are tuned."""
 
     call: Call
     expected: Array
     kernel: Callable[..., object] = field(repr=False)
+    spec: Any = None
 
 
 def run_calls(library: Path, calls: Sequence[Call]) -> list[Array]:
@@ -202,11 +203,17 @@ class _Maker:
         self.cases: list[Case] = []
 
     def add(
-        self, args: Sequence[Array], expected: object, kernel: Callable[..., object], name: str, images: bool = False
+        self,
+        args: Sequence[Array],
+        expected: object,
+        kernel: Callable[..., object],
+        name: str,
+        images: bool = False,
+        spec: object = None,
     ) -> None:
         answer = expected.numpy()  # type: ignore[attr-defined]
         call = Call(f"{name}_{len(self.cases)}", tuple(args), answer.shape, str(answer.dtype), images)
-        self.cases.append(Case(call, answer, kernel))
+        self.cases.append(Case(call, answer, kernel, spec))
 
     def expression(self, function: Callable[..., object], args: Sequence[Array], expected: object, name: str) -> None:
         """Add a kernel of one tensor expression, scheduled as the build schedules it."""
@@ -274,7 +281,7 @@ class _Maker:
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, bias=bias is not None)
         args = [x, _numbers(0.02, zero_point), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
-        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
+        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec=spec)
 
     def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int, symbolic: bool) -> None:
         from t3c_compile.backends.tvm.kernels import weight_only
@@ -319,7 +326,7 @@ class _Maker:
         ]
         expected = _op("svd_linear", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, rank, bits)
         args = _present([x, _numbers(0.02 / 0.3, zero_point, 0.3), *packed, mid, gain, bias])
-        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear")
+        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear", spec=spec)
 
     def int8_conv2d(
         self, n: int, c: int, h: int, w: int, o: int, k: int, s: int, p: int, d: int, g: int, bits: int, zero_point: int
@@ -334,7 +341,7 @@ class _Maker:
         packed = pack_numpy(spec.packing, weight)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
         args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
-        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", True)
+        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", True, spec)
         if c <= conv.MOST_PLANES:
             of_planes = replace(spec, planes=True)
             args = _present([*self.planes(x, zero_point), packed, scale, bias])
@@ -391,7 +398,7 @@ class _Maker:
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
             args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
-        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", True)
+        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", True, spec)
         if c <= conv.MOST_PLANES and (form != "svd" or s == 1):
             of_planes = replace(spec, planes=True)
             args[0], numbers = self.planes(x, zero_point)

@@ -1,6 +1,6 @@
 """Profiles into one module: shared run-time tensors, one ``pack`` function, equal kernels kept once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,12 @@ from t3c_compile.backends.tvm.convert import CONVERTERS
 from t3c_compile.backends.tvm.default_schedule import schedule_module
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import pack
+from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.legalize import legalize
 from t3c_compile.backends.tvm.lowering import Key, Lowering
 from t3c_compile.backends.tvm.prepare import prepare
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
+from t3c_compile.backends.tvm.tuning.workload import Workload
 
 PACK = "pack"
 
@@ -30,13 +32,13 @@ class TensorInfo:
 
 
 def assemble(
-    programs: Mapping[str, torch.export.ExportedProgram], isa: Isa
+    programs: Mapping[str, torch.export.ExportedProgram], isa: Isa, tiles: Callable[[Workload], Tiles]
 ) -> tuple[tvm.IRModule, tuple[TensorInfo, ...], tuple[str, ...]]:
     """One Relax module with ``f(*inputs, tensors)`` for each profile and ``pack``; the inputs; what ``pack`` takes.
 
-    Every PrimFunc in it is scheduled and carries ``t3c.schedule``.
+    Every PrimFunc in it is scheduled and carries ``t3c.schedule``. ``tiles`` gives those of each kernel.
     """
-    lowered = {name: _Profile(Lowering(isa, program)) for name, program in prepare(programs).items()}
+    lowered = {name: _Profile(Lowering(isa, program, tiles=tiles)) for name, program in prepare(programs).items()}
     used = {key: var for profile in lowered.values() for key, var in profile.tensors.items()}
     keys = sorted(used, key=lambda key: (key[0], str(key[1])))
     merged = _Merged()

@@ -14,6 +14,7 @@ from t3c_compile.backends.targets import Target
 from t3c_compile.backends.tvm.assemble import PACK, TensorInfo, assemble
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.pipelines import KERNEL_PIPELINE, runtime_pipeline
+from t3c_compile.backends.tvm.tuning.records import Tuned
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,19 @@ class Library:
     kernels: Mapping[str, str]
 
 
-def build_library(programs: Mapping[str, torch.export.ExportedProgram], target: Target, path: Path) -> Library:
+def build_library(
+    programs: Mapping[str, torch.export.ExportedProgram], target: Target, path: Path, records: Path | None = None
+) -> Library:
     """Compile ``programs`` (function name -> exported program) for ``target`` into a shared library at ``path``.
 
-    All programs take the same inputs and name the same tensors alike in their ``state_dict``. Raises
-    :class:`UnsupportedOpError` where a graph holds an op with no lowering, and ValueError where there is no
+    All programs take the same inputs and name the same tensors alike in their ``state_dict``. ``records``: a file
+    that tuning wrote; its tiles go before the shipped ones. Raises :class:`UnsupportedOpError` where a graph holds an
+    op with no lowering, :class:`RecordsError` where the records cannot be used, and ValueError where there is no
     program or the programs differ in their inputs.
     """
     if not programs:
         raise ValueError("no program to build: give at least one profile")
-    module, inputs, raw = assemble(programs, isa_for(target))
+    module, inputs, raw = assemble(programs, isa_for(target), Tuned(target, records).tiles)
     kernels = {
         variable.name_hint: str(function.attrs["t3c.schedule"])
         for variable, function in module.functions_items()

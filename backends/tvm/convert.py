@@ -40,7 +40,7 @@ def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     outputs = shape_of(lower.value(a["scale"]))[0]
     spec = linear.LinearSpec(dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None, finish=lower.finish)
     args = [x, scalars(a["x_scale"], a["x_zero_point"]), weight, lower.value(a["scale"]), lower.optional(a["bias"])]
-    return lower.call_fused(linear.int8_linear(lower.isa, spec), args, [*lead, outputs])
+    return lower.call_fused(lower.kernel(spec), args, [*lead, outputs])
 
 
 def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
@@ -62,7 +62,7 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     )
     numbers = scalars(a["x_scale"] / a["h_scale"], a["x_zero_point"], a["h_scale"])
     args = [x, numbers, v, u, lower.value(a["mid_scale"]), lower.optional(a["out_gain"]), lower.optional(a["bias"])]
-    return lower.call_fused(linear.svd_linear(lower.isa, spec), args, [*lead, outputs])
+    return lower.call_fused(lower.kernel(spec), args, [*lead, outputs])
 
 
 def _weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:

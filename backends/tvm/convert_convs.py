@@ -52,7 +52,7 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
     weight = lower.packed(a["weight"], spec.packing)
     numbers = scalars(a["x_scale"], a["x_zero_point"], *planes)
     args = [x, numbers, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
-    return lower.call_fused(conv.int8_conv2d(lower.isa, spec), args, [batch, *window.out, raw[0]], channels_last=True)
+    return lower.call_fused(lower.kernel(spec), args, [batch, *window.out, raw[0]], channels_last=True)
 
 
 def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
@@ -89,7 +89,7 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
         lower.optional(a["out_gain"]),
         lower.optional(a["bias"]),
     ]
-    return lower.call_fused(conv.conv_chain(lower.isa, spec), args, [batch, *window.out, outputs], channels_last=True)
+    return lower.call_fused(lower.kernel(spec), args, [batch, *window.out, outputs], channels_last=True)
 
 
 def _max_pool2d(lower: Lowering, a: Arguments) -> relax.Var | None:

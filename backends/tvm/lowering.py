@@ -4,6 +4,7 @@ Weights are asked for by :meth:`Lowering.packed`, which makes a parameter of the
 from the raw one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,9 @@ from t3c_compile.backends.tvm.kernels.finish import Finish
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.quantize import flip
+from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.relax_shapes import shape_of
+from t3c_compile.backends.tvm.tuning.workload import Spec, Workload
 from t3c_compile.passes.base import bound
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
@@ -44,11 +47,21 @@ class UnsupportedOpError(T3CError):
 class Lowering:
     """One profile on its way to Relax; ``program`` has been through :func:`prepare`.
 
-    ``take_over``: kernels take over the nodes after them; else each op is one of the module's.
+    ``take_over``: kernels take over the nodes after them; else each op is one of the module's. ``tiles``: those of the
+    kernels that have a choice; the defaults where it is not given.
     """
 
-    def __init__(self, isa: Isa, program: torch.export.ExportedProgram, take_over: bool = True) -> None:
+    def __init__(
+        self,
+        isa: Isa,
+        program: torch.export.ExportedProgram,
+        take_over: bool = True,
+        tiles: Callable[[Workload], Tiles] = lambda _: (),
+    ) -> None:
         self.isa = isa
+        # How often a call of the profile calls each kernel that has a choice of tiles.
+        self.workloads: Counter[Workload] = Counter()
+        self._tiles = tiles
         self.program = program
         self.names = {
             spec.arg.name: str(spec.target) for spec in self.program.graph_signature.input_specs if spec.target
@@ -163,13 +176,20 @@ class Lowering:
             )
         return self.tensors[key]
 
+    def kernel(self, spec: Spec) -> tvm.tirx.PrimFunc:
+        """The kernel of ``spec``, with the tiles that are best by what is known."""
+        workload = Workload(self.isa, spec)
+        self.workloads[workload] += 1
+        return workload.kernel(self._tiles(workload))
+
     def call(self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], dtype: str) -> relax.Var:
         """Emit a call of ``kernel`` on the arguments that are there, giving one tensor."""
         return self._call(kernel, args, relax.TensorType(shape, dtype))
 
     def _call(self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], types: Any) -> relax.Var:
         builder = self._importer.block_builder
-        function = builder.add_func(kernel, str(kernel.attrs["t3c.schedule"]).rpartition(" ")[2])
+        how = str(kernel.attrs["t3c.schedule"]).removeprefix("kernel template: ")
+        function = builder.add_func(kernel, how.partition(",")[0])
         return builder.emit(relax.call_tir(function, [argument for argument in args if argument is not None], types))
 
     @property

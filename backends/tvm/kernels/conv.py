@@ -18,6 +18,7 @@ from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, quads_of_conv, quads_of_matrix
+from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles, tile_of
 from t3c_compile.backends.tvm.kernels.window import Images, Window
 
 # Channels up to which a kernel reads float32 planes itself: a pixel is one word.
@@ -82,6 +83,11 @@ class ChainSpec:
         return quads_of_conv((self.ranks[1], self.ranks[0], *self.window.kernel))
 
 
+def every_pixel(w: Window) -> Window:
+    """A 1x1 window over the same images."""
+    return Window(w.size, (1, 1), (1, 1), (0, 0), (1, 1))
+
+
 def _input(isa: Isa, s: ConvSpec | ChainSpec) -> tuple[Shape, str]:
     if s.planes:
         return (s.batch, s.channels, *s.window.size), "float32"
@@ -101,7 +107,7 @@ def _read(
 
 
 @cache
-def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
+def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(x [N, H, W, C] as the dot product reads it, numbers, packed weight, float32 scale [O], float32 bias [O] if any,
     ``finish`` of [N, H', W', O]).
 
@@ -109,7 +115,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
     of planes also 1 / scale and zero point of their quantization.
     """
     w = s.window
-    with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d") as function:
+    with prim_func("int8_conv2d_depthwise" if s.is_depthwise else "int8_conv2d", tiles) as function:
         x, numbers, weight, scale, bias, *ends = function.args(
             x=_input(isa, s),
             numbers=((4 if s.planes else 2,), "float32"),
@@ -129,12 +135,12 @@ def int8_conv2d(isa: Isa, s: ConvSpec) -> tvm.tirx.PrimFunc:
         else:
             outputs, inputs = s.outputs // s.groups, s.channels // s.groups
             shape = Product(rows, outputs, inputs, inputs, zero_point, s.bits, s.groups)
-            multiply(isa, shape, images.rows(), weight, end)
+            multiply(isa, shape, images.rows(), weight, end, tile_of(tiles, 0))
     return function.func
 
 
 @cache
-def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
+def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(x as above, numbers, v, core but for svd, u, mid_scale, core_scale but for svd, out_gain, bias if any,
     ``finish``).
 
@@ -145,7 +151,7 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
     w = s.window
     (r_in, r_out), core_packing = s.ranks, s.core_packing
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
-    with prim_func(f"{s.form}_conv") as function:
+    with prim_func(f"{s.form}_conv", tiles) as function:
         x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
             x=_input(isa, s),
             numbers=((6 if s.planes else 4,), "float32"),
@@ -163,25 +169,36 @@ def conv_chain(isa: Isa, s: ChainSpec) -> tvm.tirx.PrimFunc:
         writer = Writer(s.finish, ends)
         batch = function.size((s.batch,))
         # An SVD's stride is taken as the image is read; the other forms begin with every pixel.
-        seen = w if core is None else Window(w.size, (1, 1), (1, 1), (0, 0), (1, 1))
+        seen = w if core is None else every_pixel(w)
         images = _read(isa, s, seen, batch, x, numbers, 4, zero_point)
         first = Product(product((batch, seen.pixels)), k_in, s.channels, s.channels, zero_point, s.bits)
         if core is None:
             last = scratch_rows(isa, first.rows, k_in)
-            multiply(isa, first, images.rows(), v, middle(isa, last.buffer, last.place, mid_scale, x_to_h))
+            to_h = middle(isa, last.buffer, last.place, mid_scale, x_to_h)
+            multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
         else:
             h = Images(isa, w, batch, k_in, 0, written=True)
             h.allocate()
             h.pad()
-            multiply(isa, first, images.rows(), v, middle(isa, h.buffer, h.at, mid_scale, x_to_h))
-            last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g)
+            to_h = middle(isa, h.buffer, h.at, mid_scale, x_to_h)
+            multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
+            last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g, tile_of(tiles, 1))
         rows = product((batch, w.pixels))
         end = chain_end(isa, writer, s.outputs, scale, gain, bias)
-        multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end)
+        multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end, tile_of(tiles, -1))
     return function.func
 
 
-def _core(isa: Isa, s: ChainSpec, batch: Index, h: Rows, core: Buffer, core_scale: Buffer, h_to_g: Expr) -> Rows:
+def _core(
+    isa: Isa,
+    s: ChainSpec,
+    batch: Index,
+    h: Rows,
+    core: Buffer,
+    core_scale: Buffer,
+    h_to_g: Expr,
+    tile: Tile | None,
+) -> Rows:
     """The middle stage: int8 ``h`` at the input's size through the window to int8 at the output's."""
     (r_in, r_out), rows = s.ranks, product((batch, s.window.pixels))
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
@@ -190,5 +207,5 @@ def _core(isa: Isa, s: ChainSpec, batch: Index, h: Rows, core: Buffer, core_scal
     if s.form == "cp":
         depthwise(isa, rows, k_out, h, core, 0, s.bits, to_g)
     else:
-        multiply(isa, Product(rows, k_out, k_in, r_in, 0, s.bits), h, core, to_g)
+        multiply(isa, Product(rows, k_out, k_in, r_in, 0, s.bits), h, core, to_g, tile)
     return g

@@ -14,6 +14,8 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.kernels.tile import Tiles
+
 Buffer = Any  # a TIR buffer variable
 Index = Any  # an int or a TIR index expression
 Shape = Sequence[int | str]
@@ -25,13 +27,14 @@ PARALLEL_WORK = 1 << 20
 
 
 @contextmanager
-def prim_func(name: str) -> Iterator["Function"]:
-    """Build one PrimFunc inside the ``with``; afterwards ``.func`` holds it."""
+def prim_func(name: str, tiles: Tiles = ()) -> Iterator["Function"]:
+    """Build one PrimFunc inside the ``with``; afterwards ``.func`` holds it. ``tiles``: those it was tuned to."""
+    how = f", tuned {'; '.join(map(str, tiles))}" if tiles else ""
     result = Function()
     with IRBuilder() as builder, T.prim_func(is_private=True):
         T.func_name(name)
         # Opaque to operator fusion, and known to the default schedule as already scheduled.
-        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "t3c.schedule": f"kernel template: {name}"})
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "t3c.schedule": f"kernel template: {name}{how}"})
         yield result
     result.func = builder.get()
 

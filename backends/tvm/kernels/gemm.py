@@ -33,6 +33,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+from t3c_compile.backends.tvm.kernels.tile import Tile
 
 # store(row, column, valid lanes, int32 sums)
 Epilogue = Callable[[Index, Index, int, Expr], None]
@@ -142,13 +143,12 @@ def weight_sums(
     return sums
 
 
-def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue) -> None:
+def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile | None = None) -> None:
     """Emit the product; ``epilogue`` gets each vector of ``sum((x - zero_point) * weight)``."""
-    vectors = _vectors(isa, p)
-    width = vectors * isa.lanes
+    tile = tile or default_tile(isa, p.rows, p.columns)
+    width, chunk = tile.vectors * isa.lanes, tile.chunk
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
-    chunk = _chunk(isa, p.rows, vectors)
     # One at least: TVM folds what even a branch never taken divides by.
     parts = ceil_div(p.rows, chunk) if static(p.rows) is not None else T.max(ceil_div(p.rows, chunk), 1)
     taps = x.kernel[0] * x.kernel[1]
@@ -159,12 +159,18 @@ def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue)
         first = T.bind(task % parts * chunk)
 
         def emit(columns: int) -> None:
-            _panel(isa, p, x, weights, epilogue, group, panel * width, columns, first, chunk)
+            _panel(isa, p, x, weights, epilogue, group, panel * width, columns, first, tile)
 
         if whole and rest:
             when(panel < whole, lambda: emit(width), lambda: emit(rest))
         else:
             emit(width if whole else rest)
+
+
+def default_tile(isa: Isa, rows: Index, columns: int) -> Tile:
+    """The tile of a product that was not tuned."""
+    vectors = _vectors(isa, rows, columns)
+    return Tile(_height(isa, rows, vectors), vectors, _chunk(isa, rows, vectors))
 
 
 def _height(isa: Isa, rows: Index, vectors: int) -> int:
@@ -182,14 +188,14 @@ def _chunk(isa: Isa, rows: Index, vectors: int) -> int:
     return ceil_div(even, height) * height
 
 
-def _vectors(isa: Isa, p: Product) -> int:
+def _vectors(isa: Isa, rows: Index, columns: int) -> int:
     """Vectors of columns side by side: those that compute the fewest rows that are not there, else the most."""
-    count = static(p.rows)
+    count = static(rows)
     if count is None or isa.registers < 24:
         return isa.panel()
 
     def cost(vectors: int) -> float:
-        whole, rest = divmod(ceil_div(p.columns, isa.lanes), vectors)
+        whole, rest = divmod(ceil_div(columns, isa.lanes), vectors)
         total = 0.0
         for width, panels in ((vectors, whole), (rest, 1)):
             if width and panels:
@@ -211,9 +217,9 @@ def _panel(
     column: Index,
     columns: int,
     first: Index,
-    chunk: int,
+    tile: Tile,
 ) -> None:
-    lanes = isa.lanes
+    lanes, chunk = isa.lanes, tile.chunk
     vectors = ceil_div(columns, lanes)
     taps, tap_bytes = x.kernel[0] * x.kernel[1], ceil_div(p.stored_inputs, QUAD) * BLOCK * QUAD
     quads = ceil_div(p.inputs, QUAD)
@@ -231,8 +237,8 @@ def _panel(
     last = count if count is not None and count <= chunk else T.min(first + chunk, p.rows)
 
     def sweep(rows: int) -> None:
-        with T.serial(0, ceil_div(last - first, rows)) as tile:
-            row = T.bind(first + tile * rows)
+        with T.serial(0, ceil_div(last - first, rows)) as number:
+            row = T.bind(first + number * rows)
             acc = accumulators(rows, vectors, lanes, "int32")
             for line in acc:
                 for v, cell in enumerate(line):
@@ -257,4 +263,5 @@ def _panel(
                 always = count is not None and count % rows == 0 and chunk % rows == 0
                 when(True if always else row + r < last, finish)
 
-    by_rows(p.rows, _height(isa, p.rows, vectors), sweep)
+    # The last panel may be narrower than the others.
+    by_rows(p.rows, tile.rows if vectors == tile.vectors else _height(isa, p.rows, vectors), sweep)

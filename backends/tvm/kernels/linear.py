@@ -12,6 +12,7 @@ from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import Product, multiply, prepare_rows, scratch_rows
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
+from t3c_compile.backends.tvm.kernels.tile import Tiles, tile_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class LinearSpec:
 
 
 @cache
-def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
+def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(int8 x [..., n], numbers, packed int8 weight, float32 scale [m], float32 bias [m] if any, ``finish``).
 
     ``numbers``: float32 x_scale, x_zero_point.
     """
-    with prim_func("int8_linear") as function:
+    with prim_func("int8_linear", tiles) as function:
         x, numbers, weight, scale, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((2,), "float32"),
@@ -53,17 +54,19 @@ def int8_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
         writer = Writer(s.finish, ends)
         activations = prepare_rows(isa, x, rows, s.inputs)
         shape = Product(rows, s.outputs, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, shape, activations, weight, dense(isa, writer, s.outputs, x_scale, scale, bias))
+        multiply(
+            isa, shape, activations, weight, dense(isa, writer, s.outputs, x_scale, scale, bias), tile_of(tiles, 0)
+        )
     return function.func
 
 
 @cache
-def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
+def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
     """(int8 x [..., n], numbers, packed v, packed u, mid_scale [R], out_gain and bias [m] if any, ``finish``).
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale.
     """
-    with prim_func("svd_linear") as function:
+    with prim_func("svd_linear", tiles) as function:
         x, numbers, v, u, mid_scale, gain, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((3,), "float32"),
@@ -79,7 +82,7 @@ def svd_linear(isa: Isa, s: LinearSpec) -> tvm.tirx.PrimFunc:
         writer = Writer(s.finish, ends)
         activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(isa, rows, s.rank)
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, mid_scale, to_h))
+        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, mid_scale, to_h), tile_of(tiles, 0))
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
-        multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias))
+        multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile_of(tiles, 1))
     return function.func

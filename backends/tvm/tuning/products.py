@@ -1,0 +1,81 @@
+"""The tiles a product may have, the ones that look best first.
+
+The cost model counts cycles roughly: dot products, loads, ragged edges, what is formed once a task, and threads that
+wait. It only orders candidates; measuring decides.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from t3c_compile.backends.tvm.kernels.emit import CHUNK_ROWS, ceil_div
+from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS
+from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
+from t3c_compile.backends.tvm.kernels.tile import Tile
+
+_LATENCY = 4  # cycles before a dot product's sum can be added to
+_FINISH = 8  # cycles an accumulator takes before and after the reduction
+_FIRST_LEVEL = 32 << 10  # bytes of cache
+_OPERAND_REGISTERS = 8  # of the vector registers that accumulators leave free
+# Candidates may look this much slower than the best looking one.
+_WORST, _MOST = 1.3, 32
+
+
+@dataclass(frozen=True)
+class TiledProduct:
+    """``rows x columns`` over ``inputs`` and ``taps`` of a window; columns and inputs are those of one of ``groups``.
+
+    ``default``: the tile it has untuned.
+    """
+
+    isa: Isa
+    default: Tile
+    rows: int
+    columns: int
+    inputs: int
+    taps: int = 1
+    groups: int = 1
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.groups * self.rows * self.columns * self.inputs * self.taps
+
+    def fits(self, tile: Tile) -> bool:
+        """Whether a kernel with ``tile`` stays inside its buffers."""
+        return 1 <= tile.rows <= SPARE_ROWS and tile.vectors >= 1 and tile.chunk >= 1
+
+    def candidates(self, threads: int) -> list[Tile]:
+        """The tiles worth measuring on ``threads`` threads, best looking ones first."""
+        costs = {tile: self._cost(tile, threads) for tile in self._tiles()}
+        least = min(costs.values())
+        ordered = sorted((cost, tile.rows, tile.vectors, tile.chunk, tile) for tile, cost in costs.items())
+        return [tile for cost, *_, tile in ordered if cost <= _WORST * least][:_MOST]
+
+    def _tiles(self) -> Iterator[Tile]:
+        for vectors in range(1, min(8, ceil_div(self.columns, self.isa.lanes)) + 1):
+            for rows in range(1, min(SPARE_ROWS, self.rows) + 1):
+                if rows * vectors + vectors >= self.isa.registers + _OPERAND_REGISTERS:
+                    continue
+                # Whole tiles, and tasks of one size.
+                for wanted in (CHUNK_ROWS // 2, CHUNK_ROWS, 2 * CHUNK_ROWS, 4 * CHUNK_ROWS, self.rows):
+                    if wanted <= self.rows:
+                        even = ceil_div(self.rows, max(1, round(self.rows / wanted)))
+                        yield Tile(rows, vectors, ceil_div(even, rows) * rows)
+
+    def _cost(self, tile: Tile, threads: int) -> float:
+        """Cycles, roughly."""
+        lanes, depth = self.isa.lanes, ceil_div(self.inputs, QUAD) * self.taps
+        whole, rest = divmod(self.columns, tile.vectors * lanes)
+        parts, last = divmod(self.rows, tile.chunk)
+        cycles = 0.0
+        for count, vectors in ((whole, tile.vectors), (min(rest, 1), ceil_div(rest, lanes))):
+            if count == 0:
+                continue
+            rows = tile.rows if vectors == tile.vectors else min(12, self.isa.registers // vectors)
+            slow_loads = 1.5 * vectors if depth * vectors * lanes * QUAD > _FIRST_LEVEL else 0
+            step = max(rows * vectors, (rows + vectors) / 2 + slow_loads, _LATENCY) + 0.5
+            tiles = parts * ceil_div(tile.chunk, rows) + ceil_div(last, rows)
+            sums = (parts + (last > 0)) * depth * max(vectors, _LATENCY)
+            cycles += count * (tiles * (depth * step + rows * vectors * _FINISH) + sums)
+        tasks = self.groups * (parts + (last > 0)) * (whole + (rest > 0))
+        waiting = ceil_div(tasks, threads) * threads / tasks
+        return self.groups * cycles * waiting
