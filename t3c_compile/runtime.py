@@ -3,7 +3,6 @@
 Imports numpy and TVM's runtime library alone, neither torch nor the compiler.
 """
 
-import ctypes
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from t3c_compile import cpu
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.conformal import CertificateError, ConformalCertificate
 from t3c_compile.drift import Array, drifts, logits_of
@@ -22,10 +22,6 @@ from t3c_compile.manifest import STORE, ArtifactError, Manifest, read_manifest
 from t3c_compile.monitor import Monitor
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.store import read_store
-
-# From Linux's asm/hwcap.h for arm64.
-_AT_HWCAP = 16
-_ARM_HWCAP = {"asimd": 1, "asimdhp": 10, "asimddp": 20}
 
 # A measured 90th percentile is taken this much larger when it is held against a budget.
 LATENCY_MARGIN = 1.1
@@ -258,21 +254,8 @@ def refusal(entry: Mapping[str, Any]) -> str | None:
     machine = platform.machine().replace("AMD64", "x86_64").replace("arm64", "aarch64")
     if entry["machine"] != machine:
         return f"it is for {entry['machine']}, this is {machine}"
-    missing = [feature for feature in entry["features"] if feature not in cpu_features()]
+    missing = [feature for feature in entry["features"] if feature not in cpu.features()]
     return f"this CPU lacks {', '.join(missing)}" if missing else None
-
-
-def cpu_features() -> frozenset[str]:
-    """CPU features as Linux names them: from ``/proc/cpuinfo`` on x86, from the auxiliary vector on arm64."""
-    if platform.machine() in ("aarch64", "arm64"):
-        # An emulator shows its host's cpuinfo; the auxiliary vector is the program's own.
-        capabilities = ctypes.CDLL(None).getauxval(_AT_HWCAP)
-        return frozenset(name for name, bit in _ARM_HWCAP.items() if capabilities >> bit & 1)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
 
 
 def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
@@ -301,6 +284,7 @@ def _import_runtime() -> tuple[Any, Any, Any]:
     In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM; elsewhere the
     runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing.
     """
+    cpu.let_tvm_use_all_cores()
     lean = "torch" not in sys.modules and "tvm" not in sys.modules
     if lean:
         os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")

@@ -151,6 +151,23 @@ def test_the_compiler_is_not_loaded_by_the_runtime(built: Built) -> None:
     assert "libtvm_compiler" not in done.stdout
 
 
+@pytest.mark.parametrize("wanted", [None, "1"])
+def test_a_session_uses_every_core_unless_told(built: Built, wanted: str | None) -> None:
+    code = (
+        "import sys, t3c_compile, tvm_ffi; t3c_compile.load(sys.argv[1]);"
+        "print(tvm_ffi.get_global_func('runtime.NumThreads')())"
+    )
+    named = {"TVM_NUM_THREADS": wanted} if wanted else {}
+    unset = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(built.path)], capture_output=True, text=True, check=True, env=unset | named
+    )
+    listed = subprocess.run(["lscpu", "-p=CPU,CORE,SOCKET"], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(",") for line in listed.splitlines() if not line.startswith("#")]
+    cores = {tuple(place) for processor, *place in lines if int(processor) in os.sched_getaffinity(0)}
+    assert int(done.stdout) == int(wanted or len(cores))
+
+
 def test_switching_is_quick(built: Built) -> None:
     """Median time of ``set_budget`` over many alternations; it picks a function and touches no weight."""
     session = t3c_compile.load(built.path)
