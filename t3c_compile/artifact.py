@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import Progress
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph
@@ -26,6 +25,7 @@ from t3c_compile.passes.renumber import differ_in_numbers_alone, renumbered
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import refusal
+from t3c_compile.store import write_store
 
 if TYPE_CHECKING:
     from t3c_compile.backends.tvm.assemble import TensorInfo
@@ -102,7 +102,7 @@ def _write(
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("specialize", total=len(targets) + 2)
         programs, store = export_profiles(model, profiles, example_inputs)
-        save_file({name: tensor.numpy() for name, tensor in store.items()}, folder / STORE)
+        write_store(folder / STORE, {name: tensor.numpy() for name, tensor in store.items()})
         manifest: Manifest = {
             "schema": SCHEMA,
             "tools": {tool: version(tool) for tool in _TOOLS},
@@ -123,8 +123,7 @@ def _write(
                 "features": list(cpu_features(target)),
                 "library": name,
                 "functions": list(library.functions),
-                "pack": library.pack_function,
-                "parameters": list(library.raw_parameters),
+                "packs": {function: list(names) for function, names in library.packs.items()},
                 "costs": [dict(profile.costs[target.name]) for profile in profiles.profiles],
                 "kernels": dict(library.kernels),
             }

@@ -12,7 +12,7 @@ from typing import Any
 
 from t3c_compile.passes.errors import T3CError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 STORE = "weights.safetensors"
 
@@ -27,8 +27,7 @@ _TARGET = {
     "features": [str],
     "library": str,
     "functions": [str],
-    "pack": str,
-    "parameters": [str],
+    "packs": {str: [str]},
     "costs": [_COST],
 }
 _DRIFT = {"linf": _NUMBER, "l2": _NUMBER, "kl": _NUMBER}
@@ -105,10 +104,9 @@ def _check_structure(path: Path, manifest: Any) -> None:
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool):
         raise ArtifactError(f"{path} is damaged: it has no schema version")
-    if schema > SCHEMA:
-        raise ArtifactError(
-            f"{path} has schema {schema}, this version reads up to {SCHEMA}: install a newer t3c-compile"
-        )
+    if schema != SCHEMA:
+        way_out = "install a newer t3c-compile" if schema > SCHEMA else "lower the model again"
+        raise ArtifactError(f"{path} has schema {schema}, this version reads {SCHEMA}: {way_out}")
     wrong = _mismatch(manifest, _SHAPE, "")
     if wrong:
         raise ArtifactError(f"{path} is damaged: {wrong}")

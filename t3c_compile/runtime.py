@@ -5,7 +5,6 @@ Imports numpy and TVM's runtime library alone, neither torch nor the compiler.
 
 import os
 import platform
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from t3c_compile.manifest import STORE, ArtifactError, Manifest, read_manifest
 from t3c_compile.monitor import Monitor
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.store import read_store
+from t3c_compile.virtual_machine import VirtualMachine
 
 # A measured 90th percentile is taken this much larger when it is held against a budget.
 LATENCY_MARGIN = 1.1
@@ -131,20 +131,19 @@ class Session:
         self._active = self.profiles[-1]
         self._lock = threading.Lock()
         store = read_store(folder / STORE)
-        missing = [name for name in entry["parameters"] if name not in store]
+        missing = [name for names in entry["packs"].values() for name in names if name not in store]
         if missing:
             raise ArtifactError(f"{folder / STORE} lacks tensors: {', '.join(missing)}")
-        tvm, vm, ffi = _import_runtime()
-        self._tensor = tvm.tensor
-        self._release_memory = ffi.get_global_func("vm.builtin.memory_manager.clear")
         self._memory: tuple[int, tuple[tuple[int, ...], ...]] | None = None
         try:
-            library = tvm.load_module(str(folder / entry["library"]))
-            # Memory is kept between calls: fresh pages would cost a fifth of a call.
-            self._vm = vm.VirtualMachine(library, tvm.cpu(), memory_cfg="pooled")
-            self._functions = [self._vm[name] for name in entry["functions"]]
-            # Packed once, for all profiles; the mapped store is let go.
-            self._weights = self._vm[entry["pack"]](*[tvm.tensor(store[name]) for name in entry["parameters"]])
+            self._machine = VirtualMachine(folder / entry["library"])
+            self._functions = [self._machine[name] for name in entry["functions"]]
+            # Packed once, for all profiles, and pages of the store are let go as that goes on.
+            packed: list[Any] = []
+            for function, names in entry["packs"].items():
+                packed += self._machine[function](*(self._machine.tensor(store[name]) for name in names))
+                store.drop_pages()
+            self._weights = self._machine.tuple(packed)
         except Exception as error:
             # TVM raises what it likes; whatever it is, library and manifest do not belong together.
             raise ArtifactError(f"{folder / entry['library']} cannot be loaded: {error}") from error
@@ -220,10 +219,10 @@ class Session:
         memory = index, tuple(array.shape for array in arrays)
         if memory != self._memory:
             # What calls of another profile or other sizes have left is of no use to this one.
-            self._release_memory()
+            self._machine.release_memory()
             self._memory = memory
-        tensors = [self._tensor(array) for array in arrays]
-        return _to_numpy(self._functions[index](*tensors, self._weights))
+        tensors = [self._machine.tensor(array) for array in arrays]
+        return self._machine.array(self._functions[index](*tensors, self._weights))
 
 
 def load(path: str | os.PathLike[str], target: str | None = None) -> Session:
@@ -276,30 +275,3 @@ def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
         )
         for index, (profile, cost, bound) in enumerate(zip(manifest["profiles"], costs, bounds, strict=True))
     )
-
-
-def _import_runtime() -> tuple[Any, Any, Any]:
-    """TVM's runtime, its virtual machine and FFI.
-
-    In a process that has torch or TVM already (one that may go on to lower) it is the whole of TVM; elsewhere the
-    runtime library alone, and torch is hidden while TVM is imported, which would load it for nothing.
-    """
-    cpu.let_tvm_use_all_cores()
-    lean = "torch" not in sys.modules and "tvm" not in sys.modules
-    if lean:
-        os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        import tvm.runtime
-        import tvm.runtime.vm
-        import tvm_ffi
-    finally:
-        if lean:
-            del sys.modules["torch"]
-    return tvm.runtime, tvm.runtime.vm, tvm_ffi
-
-
-def _to_numpy(value: Any) -> Any:
-    if hasattr(value, "numpy"):
-        return value.numpy()
-    return tuple(_to_numpy(item) for item in value)

@@ -1,6 +1,7 @@
 """Small networks the tests share; every layer kind the passes know is in one of them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,3 +91,13 @@ NETS = {"conv": conv_net, "attention": attention_net, "mlp": mlp}
 def parameter_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a store."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def packed(machine: Any, library: Any, store: Mapping[str, Tensor]) -> list[Any]:
+    """The run-time tensors of a built library, from the raw ones by name."""
+    import tvm
+
+    tensors: list[Any] = []
+    for function, names in library.packs.items():
+        tensors += machine[function](*(tvm.runtime.tensor(store[n].detach().contiguous().numpy()) for n in names))
+    return tensors

@@ -309,7 +309,8 @@ def test_damage_is_found_before_anything_is_used(built: Built, tmp_path: Path) -
         (lambda p: os.truncate(p / STORE, 1000), "truncated or changed: 1000 bytes"),
         (lambda p: _flip(p / STORE), "its SHA-256 is not the manifest's"),
         (lambda p: _flip(p / library), "its SHA-256 is not the manifest's"),
-        (lambda p: _edit(p, lambda m: m.update(schema=99)), "schema 99, this version reads up to 1: install a newer"),
+        (lambda p: _edit(p, lambda m: m.update(schema=99)), "schema 99, this version reads 2: install a newer"),
+        (lambda p: _edit(p, lambda m: m.update(schema=1)), "schema 1, this version reads 2: lower the model again"),
         (lambda p: _edit(p, lambda m: m.pop("schema")), "no schema version"),
         (lambda p: _edit(p, lambda m: m.pop("profiles")), "profiles is missing"),
         (lambda p: _edit(p, lambda m: m["profiles"].pop()), "functions"),
@@ -379,7 +380,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifact_module, "save_file", full)
+    monkeypatch.setattr(artifact_module, "write_store", full)
     with pytest.raises(ArtifactError, match="the disk is full; nothing was left behind"):
         lower(built.elastic, built.profiles, TARGETS, path, built.inputs)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -11,6 +11,7 @@ import torch
 import tvm
 from float_cases import INFINITY, build_float_cases, hard_values
 from kernel_cases import Array, Case, compile_cases, run_calls, save_calls
+from nets import packed
 from torch import Tensor, nn
 from torch.nn import functional
 from tvm.runtime import vm as runtime
@@ -230,9 +231,7 @@ def test_pinned_graph_is_bit_equal_with_any_batch_and_length(
     library = build_library({"main": program}, get_target(target), tmp_path / "stages.so")
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
     state = program.state_dict
-    tensors = machine[library.pack_function](
-        *(tvm.runtime.tensor(state[n].detach().numpy()) for n in library.raw_parameters)
-    )
+    tensors = packed(machine, library, state)
     torch.manual_seed(5)
     for count, length in ((1, 2), (2, 13), (3, 50), (1, 130)):
         x, mask = torch.randn(count, length, 24) * 3, torch.rand(count, length) > 0.4

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from nets import packed
 from torch import Tensor, nn
 from tvm.runtime import vm as runtime
 
@@ -83,7 +84,7 @@ def build(model: nn.Module, x: Tensor, path: Path, target: str) -> tuple[Library
 
 def run(model: nn.Module, library: Library, vm: runtime.VirtualMachine, x: Tensor) -> np.ndarray:
     state = model.state_dict()
-    tensors = vm[library.pack_function](*(tvm.runtime.tensor(state[name].numpy()) for name in library.raw_parameters))
+    tensors = packed(vm, library, state)
     return vm["main"](tvm.runtime.tensor(x.numpy()), tensors).numpy()
 
 

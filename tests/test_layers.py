@@ -8,6 +8,7 @@ import pytest
 import torch
 import tvm
 from layer_nets import LAYER_NETS, layer_net
+from nets import packed
 from refusals import REFUSALS
 from torch import Tensor, nn
 from tvm.runtime import vm as runtime
@@ -104,9 +105,7 @@ def test_specialized_reexported_and_compiled(net: str, tmp_path: Path) -> None:
     assert all(how.startswith(("kernel template: ", "default: ")) for how in library.kernels.values())
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
     state = graph.state_dict()
-    tensors = machine[library.pack_function](
-        *(tvm.runtime.tensor(state[name].detach().contiguous().numpy()) for name in library.raw_parameters)
-    )
+    tensors = packed(machine, library, state)
     compiled = machine["profile_0"](*(tvm.runtime.tensor(x.numpy()) for x in inputs), tensors)
     _close(torch.from_numpy(np.array(compiled.numpy())), found, 2e-3)
 

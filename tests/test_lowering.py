@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from nets import packed
 from torch import Tensor, nn
 from tvm.runtime import vm as runtime
 
@@ -130,8 +131,7 @@ class Built:
         self.library: Library = build_library(programs, get_target(target), path)
         self.vm = runtime.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
         state = model.state_dict()
-        raw = [tvm.runtime.tensor(state[name].numpy()) for name in self.library.raw_parameters]
-        self.tensors = self.vm[self.library.pack_function](*raw)
+        self.tensors = packed(self.vm, self.library, state)
 
     def run(self, profile: str, x: Tensor) -> np.ndarray:
         return self.vm[profile](tvm.runtime.tensor(x.numpy()), self.tensors).numpy()
@@ -203,7 +203,7 @@ def test_nothing_is_unscheduled(transformer: Built, convnet: Built) -> None:
 def test_library_describes_itself(transformer: Built) -> None:
     library = transformer.library
     assert library.functions == tuple(PROFILES)
-    assert set(library.raw_parameters) == set(transformer.model.state_dict())
+    assert {name for names in library.packs.values() for name in names} == set(transformer.model.state_dict())
     (only,) = library.inputs
     assert (only.name, only.shape[1:], only.dtype) == ("x", (13, 48), "float32")
     assert isinstance(only.shape[0], str)
@@ -211,9 +211,9 @@ def test_library_describes_itself(transformer: Built) -> None:
 
 def test_profiles_share_their_tensors(transformer: Built) -> None:
     """One packed buffer a factor, whatever the number of profiles."""
-    packed = [how for how in transformer.library.kernels.values() if how.startswith("kernel template: pack")]
-    assert len(transformer.tensors) == len(transformer.library.raw_parameters)
-    assert packed
+    library = transformer.library
+    assert len(transformer.tensors) == sum(map(len, library.packs.values()))
+    assert any(how.startswith("kernel template: pack") for how in library.kernels.values())
 
 
 def test_build_is_deterministic(folder: Path) -> None:
@@ -242,10 +242,11 @@ print(json.dumps({"compiler": any("libtvm_compiler" in line for line in open("/p
 def test_runs_with_the_runtime_library_alone(transformer: Built, folder: Path) -> None:
     library, x = transformer.library, torch.randn(2, 13, 48)
     state = transformer.model.state_dict()
-    raw = {f"raw{i}": state[name].numpy() for i, name in enumerate(library.raw_parameters)}
+    [(pack, names)] = library.packs.items()
+    raw = {f"raw{i}": state[name].numpy() for i, name in enumerate(names)}
     np.savez(folder / "arrays.npz", x=x.numpy(), **raw)
     out = folder / "out.npy"
-    args = [str(library.path), "profile_1", library.pack_function, str(folder / "arrays.npz"), str(out)]
+    args = [str(library.path), "profile_1", pack, str(folder / "arrays.npz"), str(out)]
     environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1"}
     done = subprocess.run(
         [sys.executable, "-c", _RUN_WITHOUT_COMPILER, *args],
@@ -281,8 +282,7 @@ def test_a_padded_float_convolution_of_few_pixels(folder: Path, height: int, wid
     program = torch.export.export(conv, (x,))
     library = build_library({"f": program}, get_target("x86_64"), folder / f"conv{height}{width}.so")
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
-    state = {name: tensor.detach().numpy() for name, tensor in program.state_dict.items()}
-    weights = machine[library.pack_function](*[tvm.runtime.tensor(state[name]) for name in library.raw_parameters])
+    weights = packed(machine, library, program.state_dict)
     found = machine["f"](tvm.runtime.tensor(x.numpy()), weights).numpy()
     np.testing.assert_allclose(found, conv(x).detach().numpy(), rtol=1e-5, atol=1e-5)
 

@@ -14,6 +14,8 @@ from tvm.runtime import vm as runtime
 
 pytest.importorskip("transformers")
 
+from nets import packed
+
 import t3c_compile
 from examples import decode_llama
 from examples.models.language import MODELS, transformers
@@ -186,7 +188,7 @@ def test_parts_sums_and_rows_written_lower(tmp_path: Path) -> None:
     program = torch.export.export(model, (torch.randn(2, 5, 2), torch.tensor([1])), dynamic_shapes=shapes)
     library = build_library({"main_0": program}, get_target("x86_64"), tmp_path / "moves.so")
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
-    tensors = machine[library.pack_function](*(tvm.runtime.tensor(model.table.numpy()) for _ in library.raw_parameters))
+    tensors = packed(machine, library, program.state_dict | program.constants)
     for batch, tokens, at in ((1, 3, 0), (3, 9, 2), (2, 18, 1)):
         x = torch.randn(batch, tokens, 2)
         found = machine["main_0"](*(tvm.runtime.tensor(v) for v in (x.numpy(), np.array([at]))), tensors)
@@ -216,7 +218,7 @@ def test_products_serial_for_one_row_alone_lower(tmp_path: Path) -> None:
     library = build_library({"main_0": program}, get_target("x86_64"), tmp_path / "projection.so")
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
     state = model.state_dict()
-    tensors = machine[library.pack_function](*(tvm.runtime.tensor(state[n].numpy()) for n in library.raw_parameters))
+    tensors = packed(machine, library, state)
     for batch, tokens in ((1, 1), (3, 5)):
         x = torch.randn(batch, tokens, 2048)
         found = machine["main_0"](tvm.runtime.tensor(x.numpy()), tensors).numpy()

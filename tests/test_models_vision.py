@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from nets import packed
 from torch import Tensor
 from tvm.runtime import vm as runtime
 
@@ -96,7 +97,7 @@ def test_lowered_for_x86_64(name: str, tmp_path: Path) -> None:
     library = build_library(programs, TARGETS[0], tmp_path / "model.so")
     assert all(how.startswith(("kernel template: ", "default: ")) for how in library.kernels.values()), library.kernels
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
-    tensors = machine[library.pack_function](*[tvm.runtime.tensor(store[n].numpy()) for n in library.raw_parameters])
+    tensors = packed(machine, library, store)
     for inputs in (builder.inputs(True), builder.other_inputs(True)):
         found = machine["profile_0"](*(tvm.runtime.tensor(x.numpy()) for x in inputs), tensors).numpy()
         expected = reference(name, inputs)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from nets import packed
 from tvm import relax
 
 from t3c_compile.backends.targets import get_target
@@ -79,8 +80,7 @@ def test_what_torchao_quantized_is_kept(tmp_path: Path) -> None:
     library = build_library({"p": program}, get_target("x86_64"), tmp_path / "p.so")
     machine = relax.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
     state = graph.state_dict()
-    raw = [tvm.runtime.tensor(state[name].numpy()) for name in library.raw_parameters]
-    found = machine["p"](tvm.runtime.tensor(x.numpy()), machine[library.pack_function](*raw)).numpy()
+    found = machine["p"](tvm.runtime.tensor(x.numpy()), packed(machine, library, state)).numpy()
     reference = graph(x).detach().numpy()
     assert np.abs(found - reference).max() <= 2e-3 * np.abs(reference).max()
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import tvm
 from kernel_cases import build_cases, calls_for, compile_module, run_calls
-from nets import Mlp
+from nets import Mlp, packed
 from tvm import rpc
 from tvm.runtime import vm as runtime
 from tvm.tirx.script.builder import ir as T
@@ -112,7 +112,7 @@ def build(folder: Path, name: str, records: Path | None) -> tuple[Library, np.nd
     library = build_library({"main": program}, TARGET, folder / name, records)
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
     state = model.state_dict()
-    tensors = machine[library.pack_function](*(tvm.runtime.tensor(state[n].numpy()) for n in library.raw_parameters))
+    tensors = packed(machine, library, state)
     return library, machine["main"](tvm.runtime.tensor(x.numpy()), tensors).numpy()
 
 

@@ -1,8 +1,10 @@
-"""Profiles into one module: shared run-time tensors, one ``pack`` function, equal kernels kept once."""
+"""Profiles into one module: shared run-time tensors, functions that pack them, equal kernels kept once."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 import tvm
 import tvm_ffi
@@ -19,7 +21,11 @@ from t3c_compile.backends.tvm.prepare import prepare
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 from t3c_compile.backends.tvm.tuning.workload import Workload
 
-PACK = "pack"
+# Bytes of the store that one function packs, about: what is held twice while a session starts.
+_PACKED_AT_ONCE = 16 << 20
+
+# Raw parameters by the name of the function that packs them.
+Packs = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class TensorInfo:
 
 def assemble(
     programs: Mapping[str, torch.export.ExportedProgram], isa: Isa, tiles: Callable[[Workload], Tiles]
-) -> tuple[tvm.IRModule, tuple[TensorInfo, ...], tuple[str, ...]]:
-    """One Relax module with ``f(*inputs, tensors)`` for each profile and ``pack``; the inputs; what ``pack`` takes.
+) -> tuple[tvm.IRModule, tuple[TensorInfo, ...], Packs]:
+    """One Relax module with ``f(*inputs, tensors)`` for each profile and functions that pack; the inputs; those.
 
     Every PrimFunc in it is scheduled and carries ``t3c.schedule``. ``tiles`` gives those of each kernel.
     """
@@ -44,10 +50,26 @@ def assemble(
     merged = _Merged()
     for name, profile in lowered.items():
         merged.add(name, schedule_module(legalize(profile.with_tensors(keys, used), isa), isa))
-    raw = tuple(sorted({name for name, _ in keys}))
-    shapes = {name: ty for profile in lowered.values() for name, ty in profile.raw_types.items()}
-    merged.add(PACK, _pack_module([relax.Var(name.replace(".", "_"), shapes[name]) for name in raw], raw, keys))
-    return merged.module, _common_inputs(lowered), raw
+    types = {name: ty for profile in lowered.values() for name, ty in profile.raw_types.items()}
+    packs = {f"pack_{i}": group for i, group in enumerate(_groups(sorted({name for name, _ in keys}), types))}
+    for function, group in packs.items():
+        params = [relax.Var(name.replace(".", "_"), types[name]) for name in group]
+        merged.add(function, _pack_module(params, group, [key for key in keys if key[0] in group]))
+    return merged.module, _common_inputs(lowered), packs
+
+
+def _groups(names: list[str], types: Mapping[str, relax.TensorType]) -> list[tuple[str, ...]]:
+    """``names`` in order, in groups of at least :data:`_PACKED_AT_ONCE` bytes but for the last."""
+    groups: list[tuple[str, ...]] = []
+    group: list[str] = []
+    size = 0
+    for name in names:
+        group.append(name)
+        size += prod(int(d) for d in types[name].shape.values) * np.dtype(str(types[name].dtype)).itemsize
+        if size >= _PACKED_AT_ONCE or name == names[-1]:
+            groups.append(tuple(group))
+            group, size = [], 0
+    return groups
 
 
 def _common_inputs(profiles: Mapping[str, "_Profile"]) -> tuple[TensorInfo, ...]:

@@ -11,7 +11,7 @@ import tvm
 from tvm import relax
 
 from t3c_compile.backends.targets import Target
-from t3c_compile.backends.tvm.assemble import PACK, TensorInfo, assemble
+from t3c_compile.backends.tvm.assemble import Packs, TensorInfo, assemble
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.pipelines import KERNEL_PIPELINE, runtime_pipeline
 from t3c_compile.backends.tvm.tuning.records import Tuned
@@ -21,8 +21,9 @@ from t3c_compile.backends.tvm.tuning.records import Tuned
 class Library:
     """What a built library holds.
 
-    ``functions``: the VM function of each profile, ``f(*inputs, tensors)``. ``pack_function``: called once with the
-    raw store tensors named by ``raw_parameters``, in that order, it gives the ``tensors`` every profile takes.
+    ``functions``: the VM function of each profile, ``f(*inputs, tensors)``. ``packs``: functions
+    to be called once, each with the raw store tensors it names; what they give, joined in their order, are the
+    ``tensors`` every profile takes.
     ``kernels``: how each compiled kernel was scheduled, by name.
     """
 
@@ -30,8 +31,7 @@ class Library:
     target: str
     functions: tuple[str, ...]
     inputs: tuple[TensorInfo, ...]
-    pack_function: str
-    raw_parameters: tuple[str, ...]
+    packs: Packs
     kernels: Mapping[str, str]
 
 
@@ -47,7 +47,7 @@ def build_library(
     """
     if not programs:
         raise ValueError("no program to build: give at least one profile")
-    module, inputs, raw = assemble(programs, isa_for(target), Tuned(target, records).tiles)
+    module, inputs, packs = assemble(programs, isa_for(target), Tuned(target, records).tiles)
     kernels = {
         variable.name_hint: str(function.attrs["t3c.schedule"])
         for variable, function in module.functions_items()
@@ -57,7 +57,7 @@ def build_library(
         module, tvm.target.Target(dict(target.tvm)), relax_pipeline=runtime_pipeline(), tir_pipeline=KERNEL_PIPELINE
     )
     link(executable, target, path)
-    return Library(path, target.name, tuple(programs), inputs, PACK, raw, kernels)
+    return Library(path, target.name, tuple(programs), inputs, packs, kernels)
 
 
 def link(module: tvm.runtime.Executable | tvm.runtime.Module, target: Target, path: Path) -> None:
