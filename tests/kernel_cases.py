@@ -123,6 +123,7 @@ def build_cases() -> list[Case]:
         (101, 30, 50, 21, 13, 4, True),
     ]:
         make.svd_weight_only_linear(rows, inputs, outputs, max_rank, rank, bits, symbolic)
+    make.tie()
     for rows, inputs, outputs, max_rank, rank, bits, zero_point in [
         (8, 64, 96, 32, 16, 8, 3),
         (5, 30, 50, 21, 9, 6, -128),
@@ -282,6 +283,18 @@ class _Maker:
         args = [x, _numbers(0.02, zero_point), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
         self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec=spec)
+
+    def tie(self) -> None:
+        """A product midway between two float32, and a bias too small for float64 to see beside it, which decides."""
+        from t3c_compile.backends.tvm.kernels import linear, pack
+
+        x, w = np.ones((1, 1), np.int8), np.full((2, 1), 3, np.int8)
+        scale, bias = np.full(2, 1 + 2**-23, np.float32), np.array([-1e-30, 1e-30], np.float32)
+        spec = linear.LinearSpec((1,), 1, 2, 8, bias=True)
+        args = [x, _numbers(1.0, 0), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
+        expected = _op("int8_linear", x, w, scale, bias, 1.0, 0, 8)
+        assert expected.tolist() == [[3 + 2**-22, 3 + 2**-21]]  # type: ignore[attr-defined]
+        self.add(args, expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
 
     def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int, symbolic: bool) -> None:
         from t3c_compile.backends.tvm.kernels import weight_only

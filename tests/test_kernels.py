@@ -31,10 +31,10 @@ HOST_TARGETS = ("x86_64", "x86_64-v3")
 
 
 def assert_close(case: Case, result: Array) -> None:
-    if case.expected.dtype == np.int8:
+    if "weight_only" not in case.call.name:
         np.testing.assert_array_equal(result, case.expected, err_msg=case.call.name)
     else:
-        # A middle off by one step in one place would move an output by far more than this.
+        # Sums of float32, which torch adds in another order.
         largest = np.abs(case.expected).max()
         np.testing.assert_allclose(result, case.expected, rtol=1e-5, atol=1e-6 * largest, err_msg=case.call.name)
 

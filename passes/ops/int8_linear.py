@@ -7,6 +7,7 @@ multiplication or fused multiply-add, so a backend that accumulates in int32 rep
 import torch
 from torch import Tensor
 
+from t3c_compile.passes.ops.float_math import fma
 from t3c_compile.passes.ops.nested import keep_top_bits
 
 
@@ -27,9 +28,7 @@ def affine(x: Tensor, gain: Tensor | float, bias: Tensor | None) -> Tensor:
     """
     if bias is None:
         return x * gain
-    if isinstance(gain, float):
-        gain = torch.tensor(gain, dtype=torch.float32)
-    return (x.to(torch.float64) * gain.to(torch.float64) + bias.to(torch.float64)).to(torch.float32)
+    return fma(x, torch.tensor(gain) if isinstance(gain, float) else gain, bias)
 
 
 def finish(y: Tensor, h_scale: float, out_gain: Tensor | None, bias: Tensor | None) -> Tensor:
