@@ -34,19 +34,18 @@ def _int8_embedding(lower: Lowering, a: Arguments) -> relax.Var:
 
 
 def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
-    x = lower.value(a["x"])
-    *lead, inputs = shape_of(x)
-    weight = lower.packed(a["weight"], pack.quads_of_matrix(tuple(shape_of(lower.value(a["weight"])))))
-    outputs = shape_of(lower.value(a["scale"]))[0]
+    # Sizes of layers are those of their weights: where a graph is dynamic throughout, x's last one is a symbol.
+    x, (outputs, inputs) = lower.value(a["x"]), shape_of(lower.value(a["weight"]))
+    lead = shape_of(x)[:-1]
+    weight = lower.packed(a["weight"], pack.quads_of_matrix((outputs, inputs)))
     spec = linear.LinearSpec(dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None, finish=lower.finish)
     args = [x, scalars(a["x_scale"], a["x_zero_point"]), weight, lower.value(a["scale"]), lower.optional(a["bias"])]
     return lower.call_fused(lower.kernel(spec), args, [*lead, outputs])
 
 
 def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
-    x = lower.value(a["x"])
-    *lead, inputs = shape_of(x)
-    max_rank, outputs = shape_of(lower.value(a["u"]))
+    x, (max_rank, inputs), (_, outputs) = (lower.value(a["x"]), *(shape_of(lower.value(a[name])) for name in "vu"))
+    lead = shape_of(x)[:-1]
     v = lower.packed(a["v"], pack.quads_of_matrix((max_rank, inputs)))
     u = lower.packed(a["u"], pack.quads_of_matrix((max_rank, outputs), transposed=True))
     spec = linear.LinearSpec(
@@ -66,19 +65,19 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
 
 
 def _weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
-    x, raw = lower.value(a["x"]), tuple(shape_of(lower.value(a["weight"])))
-    *lead, inputs = shape_of(x)
-    weight = lower.packed(a["weight"], weight_only.weight_packing(raw, a["bits"]))
+    x, (outputs, inputs) = lower.value(a["x"]), shape_of(lower.value(a["weight"]))
+    lead = shape_of(x)[:-1]
+    weight = lower.packed(a["weight"], weight_only.weight_packing((outputs, inputs), a["bits"]))
     spec = weight_only.WeightOnlySpec(
-        dims(lead), inputs, raw[0], a["bits"], bias=a["bias"] is not None, finish=lower.finish
+        dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None, finish=lower.finish
     )
     args = [x, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
-    return lower.call_fused(weight_only.weight_only_linear(lower.isa, spec), args, [*lead, raw[0]])
+    return lower.call_fused(weight_only.weight_only_linear(lower.isa, spec), args, [*lead, outputs])
 
 
 def _svd_weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
-    x, (max_rank, outputs) = lower.value(a["x"]), shape_of(lower.value(a["u"]))
-    *lead, inputs = shape_of(x)
+    x, (max_rank, inputs), (_, outputs) = (lower.value(a["x"]), *(shape_of(lower.value(a[name])) for name in "vu"))
+    lead = shape_of(x)[:-1]
     v = lower.packed(a["v"], weight_only.weight_packing((max_rank, inputs), a["bits"]))
     u = lower.packed(a["u"], weight_only.weight_packing((max_rank, outputs), a["bits"], transposed=True))
     spec = weight_only.WeightOnlySpec(
@@ -91,8 +90,7 @@ def _svd_weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
 def _linear(lower: Lowering, a: Arguments) -> relax.Var:
     x, weight = lower.value(a["input"]), a["weight"]
     if weight.name in lower.names:
-        *lead, inputs = shape_of(x)
-        outputs = shape_of(lower.value(weight))[0]
+        lead, (outputs, inputs) = shape_of(x)[:-1], shape_of(lower.value(weight))
         packed = lower.packed(weight, pack.lanes_of_matrix((outputs, inputs), "float32"))
         kernel = floats.float_linear(lower.isa, dims(lead), inputs, outputs, a["bias"] is not None)
         return lower.call(kernel, [x, packed, lower.optional(a["bias"])], [*lead, outputs], "float32")
