@@ -5,6 +5,7 @@ Errors are relative: the 2-norm of the difference of all outputs, divided by the
 
 import argparse
 import json
+import re
 import sys
 import time
 import traceback
@@ -251,7 +252,8 @@ def _builders() -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     """What the tool tells its user; for an error that is not the tool's own, its kind too."""
-    text = " ".join(str(error).split())
+    # Where packages are installed is this machine's own.
+    text = re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))
     return text if isinstance(error, T3CError) else f"{type(error).__name__}: {text}"
 
 
