@@ -3,13 +3,12 @@
 Imports neither torch nor the compiler, so that the command line can list targets at once.
 """
 
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
+from t3c_compile.backends import cpu
 from t3c_compile.passes.errors import T3CError
 
 
@@ -45,31 +44,16 @@ _ARM_TRIPLE = "aarch64-linux-gnu.2.28"
 _VNNI_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _host_flags() -> frozenset[str]:
-    """Feature flags of this machine's CPU as the kernel prints them; empty where it prints none."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
-        return frozenset()
-    for line in cpuinfo.read_text().splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
 def _x86_64() -> Target:
-    flags = _host_flags()
+    flags = cpu.features()
     if all(flag in flags for flag in _VNNI_FLAGS):
         # Cascade Lake is the oldest core with AVX512-VNNI: what it has, every later one has.
-        tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "cascadelake", "num-cores": _cores()}
+        tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "cascadelake", "num-cores": cpu.cores()}
         return Target(
             "x86_64", "avx512vnni", tvm, None, 16, _BITS, 400.0, 100.0, 20.0, "roofline: nominal 400 GOP/s a core"
         )
     if "avx2" in flags and "fma" in flags:
-        tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": _cores()}
+        tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": cpu.cores()}
         return Target("x86_64", "avx2", tvm, None, 8, _BITS, 60.0, 50.0, 20.0, "roofline: nominal 60 GOP/s a core")
     raise UnknownTargetError(
         "target x86_64 describes the host, and this host has no AVX2; cross-compile for another target"

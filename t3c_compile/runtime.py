@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from t3c_compile import cpu
+from t3c_compile.backends import cpu
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.conformal import CertificateError, ConformalCertificate
 from t3c_compile.drift import Array, drifts, logits_of

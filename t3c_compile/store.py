@@ -20,8 +20,8 @@ _DTYPES |= {"F64": np.float64, "BOOL": np.bool_}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
-# Where tensors begin, in bytes: what compiled code may assume.
-_ALIGNMENT = 64
+# Where tensors begin, in bytes: what vectors of compiled code may assume.
+ALIGNMENT = 64
 
 
 def write_store(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -29,14 +29,14 @@ def write_store(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None
 
     The format has no room between tensors, so the others come last.
     """
-    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % _ALIGNMENT != 0, name))
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
     header, end = {}, 0
     for name in names:
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:

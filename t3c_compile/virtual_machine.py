@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from t3c_compile import cpu
+from t3c_compile.backends import cpu
+from t3c_compile.store import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
 
-# What vectors may assume of an argument, in bytes.
-_ALIGNMENT = 64
 # TVM's numbers for the host as a device, and for the allocator that keeps what is given back.
 _CPU, _POOLED = 1, 2
 
@@ -39,9 +38,9 @@ class VirtualMachine:
 
     def tensor(self, array: Array) -> Any:
         """``array`` as an argument: itself where it may be, else a copy."""
-        if array.ctypes.data % _ALIGNMENT or not array.flags.writeable or not array.flags.c_contiguous:
-            memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-            start = -memory.ctypes.data % _ALIGNMENT
+        if array.ctypes.data % ALIGNMENT or not array.flags.writeable or not array.flags.c_contiguous:
+            memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+            start = -memory.ctypes.data % ALIGNMENT
             aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
             aligned[...] = array
             array = aligned

@@ -50,9 +50,10 @@ def _mean(lower: Lowering, a: Arguments) -> relax.Var:
     x, over = lower.value(a["x"]), list(a["dim"])
     shape = shape_of(x)
     if over == [2, 3] and lower.is_channels_last(a["x"]):
-        batch, *size, channels = shape_of(lower.channels_last(a["x"]))
+        images = lower.channels_last(a["x"])
+        batch, *size, channels = shape_of(images)
         kernel = rows.mean(lower.isa, dims([batch]), dims(size), dims([channels]))
-        y = lower.call(kernel, [lower.channels_last(a["x"])], [batch, channels], "float32")
+        y = lower.call(kernel, [images], [batch, channels], "float32")
         return lower.emit(relax.op.reshape(y, [batch, channels, 1, 1])) if a["keepdim"] else y
     kept = [d for d in range(len(shape)) if d not in over]
     first, last = over[0], over[-1]

@@ -17,11 +17,8 @@ from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
     Shape,
-    ceil_div,
-    chunks,
     fill,
     load_partial,
-    static,
     store_partial,
     vec,
 )
@@ -107,20 +104,6 @@ class Writer:
             if self._finish.offset:
                 form = form + fill(T.int32(self._finish.offset), lanes)
             store_partial(q, index, T.cast(form, vec(self._finish.form_dtype, lanes)), lanes, valid)
-
-    def copy(self, source: Callable[[Index, int], Expr], start: Index, count: Index, lanes: int) -> None:
-        """Write ``count`` results from element ``start`` on; ``source(i, lanes)`` reads them.
-
-        A length known now is covered by whole vectors, the last of which may repeat results of the one before.
-        """
-        number = static(count)
-        if number is None:
-            chunks(count, lanes, lambda i, n: self.put(start + i, source(i, n), n))
-            return
-        width = min(lanes, 1 << (number.bit_length() - 1))
-        with T.serial(0, ceil_div(number, width)) as block:
-            i = block * width if number % width == 0 else T.bind(T.min(block * width, number - width))
-            self.put(start + i, source(i, width), width)
 
 
 def quantized(value: Expr, inverse: Expr, zero_point: Expr, lanes: int) -> Expr:

@@ -30,10 +30,10 @@ def let_tvm_use_all_cores() -> None:
     half of the cores are idle. It reads the variable when it first runs something in parallel.
     """
     if not {"TVM_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
-        os.environ["TVM_NUM_THREADS"] = str(_cores())
+        os.environ["TVM_NUM_THREADS"] = str(cores())
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores, not their threads, among the processors this process may use."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
