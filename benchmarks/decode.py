@@ -23,12 +23,11 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.decode_engines import ENGINES
-from benchmarks.latency import ROOT, Engine, prepared
+from benchmarks.latency import ROOT, measured
 from t3c_compile.show import show
 
 RESULTS = ROOT / "benchmarks/results/decode.json"
 _MODULE = "benchmarks.decode_engines"
-_ROUNDS = 9
 
 Row = dict[str, Any]
 
@@ -49,23 +48,8 @@ def bandwidth(threads: int) -> list[Row]:
 def steps(layers: int, threads: int, engines: list[str], bar: Progress) -> list[Row]:
     """Milliseconds a step by engine, slowest first; a reason where one could not be run."""
     model = f"tinyllama-{layers}"
-    opened: list[Engine] = []
-    rows: list[Row] = []
-    try:
-        for name in engines:
-            task = bar.add_task(f"{layers} layers, {threads} threads: {name}", total=None)
-            try:
-                opened.append(Engine(name, model, prepared(name, model, 1, _MODULE), threads, _MODULE))
-            except RuntimeError as error:
-                rows.append({"engine": name, "reason": str(error)})
-            bar.remove_task(task)
-        for _ in bar.track(range(_ROUNDS), description=f"{layers} layers, {threads} threads"):
-            for engine in opened:
-                engine.turn()
+    with measured(engines, model, 1, threads, bar, _MODULE) as (opened, rows):
         processor = {engine.name: engine.processor_time() for engine in opened}
-    finally:
-        for engine in opened:
-            engine.close()
     for engine in opened:
         row = {"engine": engine.name, "ms": median(engine.times), "cpu_ms": processor[engine.name]}
         for name, of in (("ms", {e.name: median(e.times) for e in opened}), ("cpu_ms", processor)):

@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from examples.models import Builder
+if TYPE_CHECKING:
+    from examples.models import Builder
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], Array]
@@ -35,7 +36,7 @@ INT8_PEERS = ("onnxruntime_int8", "openvino_int8", "executorch_int8")
 _CALIBRATION = 8
 
 
-def builder(name: str) -> Builder:
+def builder(name: str) -> "Builder":
     """One of ``examples/models``."""
     from examples.models import language, vision
 

@@ -16,6 +16,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -100,25 +102,35 @@ def prepared(engine: str, model: str, batch: int, module: str = "benchmarks.engi
     return folder
 
 
-def compare(model: str, batch: int, threads: int, engines: list[str], bar: Progress) -> list[dict[str, Any]]:
-    """One table: rows by engine, slowest first."""
-    open_engines: list[Engine] = []
-    rows: list[dict[str, Any]] = []
+@contextmanager
+def measured(
+    engines: list[str], model: str, batch: int, threads: int, bar: Progress, module: str = "benchmarks.engines"
+) -> Iterator[tuple[list[Engine], list[dict[str, Any]]]]:
+    """The engines after all rounds, closed at the end, and for each that does not run a row with the reason."""
+    case = f"{model}, batch {batch}, {threads} threads"
+    opened: list[Engine] = []
+    reasons: list[dict[str, Any]] = []
     try:
         for name in engines:
-            task = bar.add_task(f"{model}, batch {batch}, {threads} threads: {name}")
+            task = bar.add_task(f"{case}: {name}", total=None)
             try:
-                open_engines.append(Engine(name, model, prepared(name, model, batch), threads))
+                opened.append(Engine(name, model, prepared(name, model, batch, module), threads, module))
             except RuntimeError as error:
-                rows.append({"engine": name, "reason": str(error)})
+                reasons.append({"engine": name, "reason": str(error)})
             bar.remove_task(task)
-        for _ in bar.track(range(_ROUNDS), description=f"{model}, batch {batch}, {threads} threads"):
-            for engine in open_engines:
+        for _ in bar.track(range(_ROUNDS), description=case):
+            for engine in opened:
                 engine.turn()
+        yield opened, reasons
     finally:
-        for engine in open_engines:
+        for engine in opened:
             engine.close()
-    best = min((median(e.times) for e in open_engines if e.name in INT8_PEERS), default=None)
+
+
+def compare(model: str, batch: int, threads: int, engines: list[str], bar: Progress) -> list[dict[str, Any]]:
+    """One table: rows by engine, slowest first."""
+    with measured(engines, model, batch, threads, bar) as (open_engines, rows):
+        best = min((median(e.times) for e in open_engines if e.name in INT8_PEERS), default=None)
     for engine in open_engines:
         p50 = median(engine.times)
         rows.append(

@@ -25,54 +25,29 @@ RESULTS = ROOT / "benchmarks/results/startup.json"
 ENGINES = ("t3c_dense", "onnxruntime_int8", "openvino_int8")
 _ROUNDS, _CALLS = 7, 10
 
-_OPEN = {
-    "t3c_dense": """
-import t3c_compile, t3c_compile.runtime
-def start():
-    session = t3c_compile.load(folder + "/model.t3c")
-    return lambda: session.run(*arrays)
-""",
-    "onnxruntime_int8": """
-import onnxruntime
-def start():
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(folder + "/int8.onnx", options, providers=["CPUExecutionProvider"])
-    feeds = {x.name: array for x, array in zip(session.get_inputs(), arrays)}
-    return lambda: session.run(None, feeds)
-""",
-    "openvino_int8": """
-import openvino
-def start():
-    properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    request = openvino.Core().compile_model(folder + "/int8.xml", "CPU", properties).create_infer_request()
-    return lambda: request.infer(arrays)
-""",
-}
 _PROGRAM = """
 import json, sys, time
-import numpy
-folder, threads = sys.argv[1], int(sys.argv[2])
-with numpy.load(folder + "/case.npz") as case:
-    arrays = [case[key] for key in case.files if key != "expected"]
+from importlib import import_module
+from pathlib import Path
+from benchmarks.engines import open_engine
+engine, model, folder, threads = sys.argv[1:5]
 begun = time.perf_counter()
-{open}
+import_module({"t3c": "t3c_compile.runtime"}.get(name := engine.partition("_")[0], name))
 imported = time.perf_counter()
-call = start()
+call = open_engine(engine, model, Path(folder), int(threads))
 call()
 first = time.perf_counter()
-for _ in range({calls}):
+for _ in range(int(sys.argv[5])):
     call()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([1e3 * (imported - begun), 1e3 * (first - imported), int(peak.split()[1]) / 1e3]))
 """
 
 
-def measure(engine: str, folder: str, threads: int) -> list[float]:
+def measure(engine: str, model: str, folder: str, threads: int) -> list[float]:
     """Milliseconds of importing and of starting, and megabytes at the peak, of one process."""
-    program = _PROGRAM.format(open=_OPEN[engine], calls=_CALLS)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TVM_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-c", program, folder, str(threads)]
+    command = [sys.executable, "-c", _PROGRAM, engine, model, folder, str(threads), str(_CALLS)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     found: list[float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -90,7 +65,7 @@ def main() -> None:
             times: dict[str, list[list[float]]] = {engine: [] for engine in ENGINES}
             for _ in bar.track(range(_ROUNDS), description=model):
                 for engine, folder in folders.items():
-                    times[engine].append(measure(engine, folder, chosen.threads))
+                    times[engine].append(measure(engine, model, folder, chosen.threads))
             medians = {engine: [median(column) for column in zip(*rows, strict=True)] for engine, rows in times.items()}
             peer = medians["onnxruntime_int8"]
             for engine, (imported, start, peak) in medians.items():
