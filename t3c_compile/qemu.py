@@ -118,9 +118,7 @@ def _package_link() -> str:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     package = Path(folder, "t3c_compile")
     package.mkdir()
-    for entry in [
-        *PACKAGE.iterdir(),
-        *(p for p in (PACKAGE.parent / "passes", PACKAGE.parent / "backends") if p.exists()),
-    ]:
-        (package / entry.name).symlink_to(entry)
+    beside = (p for p in (PACKAGE.parent / "passes", PACKAGE.parent / "backends") if p.exists())
+    for name, entry in {entry.name: entry for entry in (*PACKAGE.iterdir(), *beside)}.items():
+        (package / name).symlink_to(entry)
     return folder
