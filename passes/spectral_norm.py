@@ -29,8 +29,10 @@ def spectral_norms(apply: Callable[[Tensor], Tensor], inputs: int, count: int) -
     now, before, off = start / start.norm(dim=0), torch.zeros_like(start), torch.zeros(count)
     diagonal, off_diagonal = [], []
     for _ in range(steps):
-        image, pull, *_ = torch.func.vjp(apply, now)
-        (after,) = pull(image)
+        with torch.enable_grad():
+            image = apply(now.requires_grad_(True))
+            (after,) = torch.autograd.grad(image, now, image.detach())
+        now = now.detach()
         diagonal.append((now * after).sum(0))
         after = after - diagonal[-1] * now - off * before
         # The squares of what is left of a tiny matrix would vanish in float32.

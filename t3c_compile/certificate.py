@@ -146,10 +146,11 @@ class SpectralProxy:
         layer = self.layers[name]
         exact, rounded, shape = _factors(layer, bits)
         factor = math.sqrt(shape[2] * shape[3]) if len(shape) == 4 else 1.0
+        mask = mask[:, None]
         ones = torch.ones_like(mask)
 
         def error(x: Tensor) -> Tensor:
-            return layer.product(exact, x, ones) - layer.product(rounded, x, mask)
+            return layer.product(exact, x[:, None], ones) - layer.product(rounded, x[:, None], mask)
 
         with torch.enable_grad():
             x = self._vectors[name].requires_grad_(True)
@@ -231,20 +232,20 @@ def _norms_at(layer: ElasticLayer, options: list[Option]) -> list[float]:
     shape = layer.dense_shape()
     inputs = math.prod(shape[1:])
     factor = math.sqrt(shape[2] * shape[3]) if len(shape) == 4 else 1.0
-    exact = {key: value for key, (value, _) in layer.factors().items()}
+    exact = {key: value.detach() for key, (value, _) in layer.factors().items()}
     rounded = layer.rounded_factors(torch.tensor(float(options[0].bits)))
     if min(shape[0], inputs) <= EXACT_SIDE:
         full = layer.compose(exact, layer.max_rank)
         errors = ((full - layer.compose(rounded, option.rank)).flatten(1) for option in options)
         return [matrix_norm(error) * factor for error in errors]
-    places, ones = torch.arange(layer.max_rank), torch.ones(layer.max_rank)
-    masks = torch.stack([(places < option.rank).float() for option in options])
+    masks = torch.arange(layer.max_rank)[:, None] < torch.tensor([option.rank for option in options])
 
-    def error(x: Tensor, mask: Tensor) -> Tensor:
-        return layer.product(exact, x, ones) - layer.product(rounded, x, mask)
+    ones = torch.ones_like(masks)
 
-    every = torch.func.vmap(error, in_dims=(1, 0), out_dims=1)
-    return [factor * norm for norm in spectral_norms(lambda x: every(x, masks), inputs, len(options)).tolist()]
+    def error(x: Tensor) -> Tensor:
+        return layer.product(exact, x, ones) - layer.product(rounded, x, masks)
+
+    return [factor * norm for norm in spectral_norms(error, inputs, len(options)).tolist()]
 
 
 def observed_drift(full: Tensor, logits: Tensor) -> Tensor:

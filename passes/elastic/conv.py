@@ -142,9 +142,9 @@ class Tucker2Conv2d(ThreeFactorConv2d):
         return torch.einsum("ro,rshw,si->oihw", u, core, v)
 
     def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
-        h = (factors["v"] @ x.reshape(factors["v"].shape[1], -1)) * mask[: len(factors["v"]), None]
-        g = (factors["core"].flatten(1) @ h.flatten()) * mask[: len(factors["u"])]
-        return g @ factors["u"]
+        v, core, u = factors["v"], factors["core"], factors["u"]
+        h = (v @ x.reshape(v.shape[1], -1)).unflatten(1, (-1, x.shape[1])) * mask[: len(v), None]
+        return u.T @ ((core.flatten(1) @ h.flatten(0, 1)) * mask[: len(u)])
 
     def _core_matrix(self, rank: int) -> Tensor:
         return self.core[:rank, :rank].flatten(1)
@@ -167,8 +167,9 @@ class CpConv2d(ThreeFactorConv2d):
         return torch.einsum("ro,rhw,ri->oihw", u, core, v)
 
     def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
-        h = factors["v"] @ x.reshape(factors["v"].shape[1], -1)
-        return ((factors["core"].flatten(1) * h).sum(1) * mask) @ factors["u"]
+        v, core, u = factors["v"], factors["core"], factors["u"]
+        h = (v @ x.reshape(v.shape[1], -1)).unflatten(1, (-1, x.shape[1]))
+        return u.T @ ((core.flatten(1)[:, :, None] * h).sum(1) * mask)
 
     def _core_matrix(self, rank: int) -> Tensor:
         # A depthwise convolution maps each channel to itself: its norm is that of the largest row.

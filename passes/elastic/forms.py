@@ -27,7 +27,7 @@ class TwoFactorLayer(ElasticLayer):
         return factors["u"][:rank].T @ factors["v"][:rank]
 
     def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
-        return ((factors["v"] @ x) * mask) @ factors["u"]
+        return factors["u"].T @ ((factors["v"] @ x) * mask)
 
     def middle_norm(self, middle: str, rank: int) -> float:
         return out_norm(self.U, rank)

@@ -119,9 +119,9 @@ class ElasticLayer(nn.Module):
         raise NotImplementedError
 
     def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
-        """The flattened dense weight times a vector: ``x`` [I / groups * kh * kw] -> [O], never composing the weight.
+        """The flattened dense weight times columns: ``x`` [I / groups * kh * kw, n] -> [O, n], never composing it.
 
-        ``factors`` are float factors in store layout, ``mask`` [max_rank] closes components (soft values allowed).
+        ``factors`` are float factors in store layout, ``mask`` [max_rank, n] closes components (soft values allowed).
         """
         raise NotImplementedError
 
