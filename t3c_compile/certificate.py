@@ -174,13 +174,21 @@ class SpectralProxy:
 
     @torch.no_grad()
     def certify(
-        self, options: Mapping[str, Option], activations: Mapping[str, Mapping[str, Activation]]
+        self,
+        options: Mapping[str, Option],
+        activations: Mapping[str, Mapping[str, Activation]],
+        known: Mapping[str, Mapping[Option, float]] | None = None,
     ) -> dict[str, float]:
-        """Bound of a profile by layer (logit 2-norm); their sum is the certificate. A layer at 32 bits adds nothing."""
+        """Bound of a profile by layer (logit 2-norm); their sum is the certificate. A layer at 32 bits adds nothing.
+
+        ``known``: what :meth:`layer_errors` has said already.
+        """
         bounds = dict.fromkeys(options, 0.0)
         for name, option in options.items():
             if option.bits != 32:
-                bounds[name] = self.layer_errors(name, [option])[0] + self._rounding(name, option, activations[name])
+                found = (known or {}).get(name, {}).get(option)
+                error = self.layer_errors(name, [option])[0] if found is None else found
+                bounds[name] = error + self._rounding(name, option, activations[name])
         return bounds
 
     def _rounding(self, name: str, option: Option, activations: Mapping[str, Activation]) -> float:

@@ -7,6 +7,9 @@ from t3c_compile.passes.elastic import ElasticLayer, elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 
+# A layer of thousands of components gains nothing from a step of one in a hundred, and each step is measured.
+_MOST_RANKS = 48
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -40,12 +43,15 @@ def layer_chain(layer: ElasticLayer, grid: Grid) -> tuple[Option, ...]:
 
 
 def paying_ranks(layer: ElasticLayer, grid: Grid) -> list[int]:
-    """Ranks on the grid at which the factors need fewer multiply-adds than the dense product."""
+    """Ranks on the grid at which the factors need fewer multiply-adds than the dense product, evenly thinned to at
+    most ``_MOST_RANKS``, of which the greatest stays."""
     if layer.form == "dense":
         return []
     cost, dense = layer_cost(layer), float(layer_cost(layer, "dense").at(0, 8)[0])
     ranks = range(grid.rank_multiple, layer.max_rank + 1, grid.rank_multiple)
-    return [rank for rank in ranks if float(cost.at(rank, 8)[0]) < dense]
+    paying = [rank for rank in ranks if float(cost.at(rank, 8)[0]) < dense]
+    step = max(1, -(-len(paying) // _MOST_RANKS))
+    return paying[::-step][::-1]
 
 
 def chains(elastic: ElasticGraphModule, grid: Grid) -> dict[str, tuple[Option, ...]]:

@@ -81,8 +81,12 @@ def snap(
     dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
     model = with_dense(model, dense) if dense else model
     proxy = SpectralProxy(model, calibration)
+    errors: dict[str, dict[Option, float]] = {}
     if controller is None:
-        path, order = _greedy_path(model, ladder, proxy, targets[0]), "certified error saved per cost"
+        errors = {
+            name: dict(zip(chain, proxy.layer_errors(name, chain), strict=True)) for name, chain in ladder.items()
+        }
+        path, order = _greedy_path(model, ladder, errors, targets[0]), "certified error saved per cost"
     else:
         path, order = _controller_path(controller, ladder, layer_groups(model)), "controller"
     sizes = _sizes(model, ladder, path, targets[0])
@@ -92,7 +96,7 @@ def snap(
 
         def measure(chosen: list[dict[str, Option]]) -> list[Profile]:
             return [
-                _measure(model, options, calibration, full, labels, proxy, targets)
+                _measure(model, options, calibration, full, labels, proxy, errors, targets)
                 for options in bar.track(chosen, description="snap")
             ]
 
@@ -122,18 +126,20 @@ def _full_options(model: ElasticGraphModule, ladder: Mapping[str, tuple[Option, 
 
 
 def _greedy_path(
-    model: ElasticGraphModule, ladder: Mapping[str, tuple[Option, ...]], proxy: SpectralProxy, target: Target
+    model: ElasticGraphModule,
+    ladder: Mapping[str, tuple[Option, ...]],
+    errors: Mapping[str, Mapping[Option, float]],
+    target: Target,
 ) -> list[Levels]:
     """From all-least to all-greatest, one upgrade a step, from a table of errors and costs."""
     layers = dict(elastic_layers(model))
-    errors = {name: proxy.layer_errors(name, chain) for name, chain in ladder.items()}
     costs = {
         name: [_scalar(cost, target) for cost in option_costs(layers[name], ladder[name], target)] for name in ladder
     }
 
     def worth(group: tuple[str, ...], level: int) -> float:
         now, then = member_levels(group, level, ladder), member_levels(group, level + 1, ladder)
-        saved = sum(errors[name][now[name]] - errors[name][then[name]] for name in group)
+        saved = sum(errors[name][ladder[name][now[name]]] - errors[name][ladder[name][then[name]]] for name in group)
         return saved / max(sum(costs[name][then[name]] - costs[name][now[name]] for name in group), 1e-12)
 
     levels = dict.fromkeys(layer_groups(model), 0)
@@ -238,13 +244,14 @@ def _measure(
     full: list[Tensor],
     labels: Tensor | None,
     proxy: SpectralProxy,
+    errors: Mapping[str, Mapping[Option, float]],
     targets: Sequence[Target],
 ) -> Profile:
     model.set_options(options)
     observe(model, calibration)
     activations = {name: layer.activations() for name, layer in elastic_layers(model)}
     quality = _quality(full, _logits(model, calibration), labels)
-    bounds = proxy.certify(options, activations)
+    bounds = proxy.certify(options, activations, errors)
     costs: dict[str, dict[str, Any]] = {}
     size = 0.0
     for target in targets:
