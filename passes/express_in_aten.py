@@ -293,14 +293,22 @@ def decompositions(float64: bool = True) -> dict[torch._ops.OpOverload, Decompos
 
 
 class _Value(fx.Proxy):
-    """A node as a decomposition sees it: it has a shape where it follows from stored tensors alone, or is known."""
+    """A node as a decomposition sees it: shape and dtype where they follow from stored tensors alone, or are known."""
 
     @property
     def shape(self) -> torch.Size:
+        return self._known.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._known.dtype
+
+    @property
+    def _known(self) -> Tensor:
         tracer = self.tracer
         assert isinstance(tracer, _Tracer)
         value: Tensor = tracer.stored[self.node] if self.node in tracer.stored else self.node.meta["val"]
-        return value.shape
+        return value
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):

@@ -121,6 +121,27 @@ class ElasticGraphModule(GraphModule):
         for _, layer in elastic_layers(self):
             layer.float_activations = dtype == "float32" and layer.weight_only_op is not None
 
+    def set_attention_dtype(self, dtype: str) -> None:
+        """``int8``: scaled dot-product attention multiplies integers in every profile snapped from now on
+        (``t3c::attention_int8``: each row of query, key and value rounded by its greatest number, nothing to
+        calibrate), and training sees that rounding; ``float32``: in floats, as after ``transform``. The full model is
+        in floats always. Attention written as two products stays in floats.
+
+        Raises:
+            T3CError: another ``dtype``.
+        """
+        from t3c_compile.passes.infer_values import infer_values
+        from t3c_compile.passes.quantize_attention import FloatAttention, QuantizeAttention
+
+        if dtype not in ("int8", "float32"):
+            raise T3CError(f"attention can be int8 or float32, not {dtype!r}")
+
+        def quantize(gm: GraphModule) -> None:
+            infer_values(gm, self.meta["t3c_inputs"])
+            QuantizeAttention()(gm)
+
+        self.run_pass(quantize if dtype == "int8" else FloatAttention())
+
     def to_dense(
         self, model: nn.Module | None = None, options: Mapping[str, Option] | None = None
     ) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Each library sums and rounds these in its own way; a tie that falls the other way moves an int8 step of the next layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,9 +23,12 @@ Rule = Callable[[Graph, Node, Arguments], Node | None]
 class PinFloatStages(Pass):
     """Replaces float32 layer norm, RMS norm, softmax, attention, products of two activations, means and the usual
     activation functions. What has another dtype, or a form the ops do not have, stays as it is.
+
+    ``integer_attention``: names of the attention nodes that become ``t3c::attention_int8``.
     """
 
     name: ClassVar[str] = "pin-float-stages"
+    integer_attention: Container[str] = frozenset()
 
     def apply(self, gm: GraphModule) -> bool:
         changed = False
@@ -36,6 +39,8 @@ class PinFloatStages(Pass):
             with gm.graph.inserting_before(node):
                 pinned = rule(gm.graph, node, bound(node))
             if pinned is not None:
+                if node.name in self.integer_attention:
+                    _in_integers(pinned)
                 pinned.meta = {**node.meta, "t3c_pass": self.name}
                 node.replace_all_uses_with(pinned)
                 gm.graph.erase_node(node)
@@ -139,6 +144,12 @@ def _attention(graph: Graph, node: Node, a: Arguments) -> Node | None:
         return y
     y.meta = {**node.meta, "val": node.meta["val"].unsqueeze(1)}
     return graph.call_function(aten.squeeze.dim, (y, 1))
+
+
+def _in_integers(pinned: Node) -> None:
+    """Make pinned attention, or the one behind the squeeze that three dimensions need, one of integers."""
+    attention: Any = pinned if pinned.target == t3c.attention_f32.default else pinned.args[0]
+    attention.target = t3c.attention_int8.default
 
 
 def _matmul(graph: Graph, node: Node, a: Arguments) -> Node | None:

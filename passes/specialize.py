@@ -18,6 +18,7 @@ from t3c_compile.passes.graph import ElasticGraphModule, place_tensor
 from t3c_compile.passes.infer_values import infer_values
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.pin_float_stages import PinFloatStages
+from t3c_compile.passes.quantize_attention import take_integer_attention
 from t3c_compile.passes.state import named_tensors
 
 aten = torch.ops.aten
@@ -164,10 +165,11 @@ def specialize(
     root = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
     gm = GraphModule(root, root.eval_graph)
     del root
+    integer_attention = take_integer_attention(gm, options)
     Specialize(options, activations or {}, store_ranks or {})(gm)
     FoldBatchNorm()(gm)
     infer_values(gm, model.meta["t3c_inputs"])
-    PinFloatStages()(gm)
+    PinFloatStages(integer_attention)(gm)
     gm.delete_all_unused_submodules()
     _drop_unused_tensors(gm)
     _copy_shared(gm, {tensor.data_ptr() for tensor in tensors})

@@ -134,6 +134,11 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         choices=("int8", "float32"),
         help="of linear layers; float32 (weight-only) is for decoding (default as in the checkpoint, else int8)",
     )
+    command.add_argument(
+        "--attention",
+        choices=("int8", "float32"),
+        help="products of attention; int8 is faster (default as in the checkpoint, else float32)",
+    )
 
 
 def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
@@ -144,6 +149,8 @@ def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
     checkpoint = load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty(), resume)
     if arguments.activations is not None:
         checkpoint.model.set_activation_dtype(arguments.activations)
+    if arguments.attention is not None:
+        checkpoint.model.set_attention_dtype(arguments.attention)
     return checkpoint
 
 

@@ -10,7 +10,8 @@ from tvm import te
 
 from t3c_compile.backends.tvm.default_schedule import schedule_default
 from t3c_compile.backends.tvm.kernels import floats, pool, rows, vmath
-from t3c_compile.backends.tvm.kernels.attention import AttentionSpec, attention
+from t3c_compile.backends.tvm.kernels.attention import attention
+from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec
 from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
@@ -65,6 +66,11 @@ def build_float_cases() -> list[Case]:
         (1, 2, 2, 21, 21, 16, 16, "", True, True, True),
     ):
         make.attention(*case)
+        widths = case[5:7]
+        if all(width % 16 == 0 for width in widths):
+            make.attention(*case, integers=True)
+    make.attention(2, 3, 3, 21, 21, 64, 64, "row", False, False, False, integers=True)
+    make.attention(1, 2, 2, 300, 300, 32, 48, "", False, True, False, integers=True)
     return make.cases
 
 
@@ -153,9 +159,14 @@ class _Maker:
         causal: bool,
         tokens_first: bool,
         symbolic: bool,
+        integers: bool = False,
     ) -> None:
         q = torch.randn(batch, heads, count, width) * 2
         k, v = torch.randn(batch, groups, keys, width), torch.randn(batch, groups, keys, value_width)
+        if integers:
+            # Rows of very unlike sizes, and one of zeros.
+            k, v = (x * torch.logspace(-3, 2, keys)[torch.randperm(keys), None] for x in (k, v))
+            v[0, 0, -1] = 0.0
         mask = _mask(mask_kind, batch, heads, count, keys)
         shape: tuple[int | str, ...] = () if mask is None else tuple(mask.shape)
         if symbolic:
@@ -175,10 +186,13 @@ class _Maker:
             None if mask is None else str(mask.dtype).removeprefix("torch."),
             shape,
             (tokens_first,) * 4,
+            integers,
         )
-        expected = ops.attention_f32(q, k, v, mask, causal, scale)
+        expected = (ops.attention_int8 if integers else ops.attention_f32)(q, k, v, mask, causal, scale)
         tensors = [t.transpose(1, 2) if tokens_first else t for t in (q, k, v, expected)]
-        self.add("attention", partial(attention, s=spec), [*tensors[:3], mask], tensors[3])
+        self.add(
+            "attention_int8" if integers else "attention", partial(attention, s=spec), [*tensors[:3], mask], tensors[3]
+        )
 
 
 def _mask(kind: str, batch: int, heads: int, count: int, keys: int) -> Tensor | None:

@@ -81,6 +81,14 @@ def test_float_stages_mean_what_aten_means(name: str) -> None:
         "mean_f32": (x, [1], False),
         "matmul_f32": (x, torch.randn(4, 20, 5)),
         "attention_f32": (heads, torch.randn(4, 2, 7, 20), torch.randn(4, 2, 7, 20), None, False, 0.2),
+        "attention_int8": (
+            heads,
+            torch.randn(4, 1, 7, 20),
+            torch.randn(4, 1, 7, 20),
+            torch.rand(6, 7) > 0.3,
+            True,
+            0.2,
+        ),
     }
     first, *rest = args.get(name, (x,))
     assert isinstance(first, Tensor)

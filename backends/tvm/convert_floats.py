@@ -10,7 +10,8 @@ from tvm import relax, te
 from tvm.ir import Expr
 
 from t3c_compile.backends.tvm.kernels import rows, vmath
-from t3c_compile.backends.tvm.kernels.attention import AttentionSpec, attention
+from t3c_compile.backends.tvm.kernels.attention import attention
+from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
@@ -90,8 +91,8 @@ def _swaps_tokens(node: Any) -> bool:
     return [d % len(order) for d in order] == _SWAP
 
 
-def attention_f32(lower: Lowering, a: Arguments) -> relax.Var:
-    """Both ``t3c::attention_f32`` and ATen's, whose inputs may have three dimensions.
+def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> relax.Var:
+    """``t3c::attention_f32``, ``t3c::attention_int8``, and ATen's, whose inputs may have three dimensions.
 
     Where an input or the output is transposed to or from [batch, tokens, heads, width], the kernel reads and writes it
     as it lies.
@@ -128,6 +129,7 @@ def attention_f32(lower: Lowering, a: Arguments) -> relax.Var:
         None if mask is None else str(mask.ty.dtype),
         dims(mask_shape),
         (first[0], first[1], first[2], last),
+        integers,
     )
     shape = [batch, count, heads, value_width] if last else [batch, heads, count, value_width]
     y = lower.call(attention(lower.isa, spec), [*tensors, mask], shape, "float32")
@@ -152,5 +154,6 @@ FLOAT_CONVERTERS: dict[str, Converter] = {
     "mean_f32.default": _mean,
     "matmul_f32.default": _matmul,
     "attention_f32.default": attention_f32,
+    "attention_int8.default": partial(attention_f32, integers=True),
     "permute.default": _permute,
 }

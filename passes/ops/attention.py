@@ -58,18 +58,24 @@ def attention_f32(
     grouped = query.reshape(batch * groups, -1, width)
     products = chain_matmul(grouped, key.reshape(batch * groups, keys, width).transpose(1, 2))
     s = products.reshape(batch, heads, rows, keys)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        s = fma(s, torch.tensor(scale, dtype=torch.float32), attn_mask)
-    else:
-        s = s * scale
-        if attn_mask is not None:
-            s = torch.where(attn_mask, s, -torch.inf)
-    if is_causal:
-        s = torch.where(torch.ones(rows, keys, dtype=torch.bool).tril(), s, -torch.inf)
+    s = mask_scores(s, torch.tensor(scale, dtype=torch.float32), attn_mask, is_causal)
     e = fast_exp(TORCH, s - s.amax(-1, keepdim=True).clamp_min(_LEAST))
     y = chain_matmul(e.reshape(*grouped.shape[:2], keys), value.reshape(batch * groups, keys, -1))
     # The greatest score counts 1, so a sum is 0 or at least 1.
     return y.reshape(batch, heads, rows, -1) * (1.0 / row_sum(e).clamp_min(1.0))
+
+
+def mask_scores(products: Tensor, scale: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores [B, H, L, S] of ``products``: times ``scale``, with the mask; -inf for what takes no part."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        s = fma(products, scale, attn_mask)
+    else:
+        s = products * scale
+        if attn_mask is not None:
+            s = torch.where(attn_mask, s, -torch.inf)
+    if is_causal:
+        s = torch.where(torch.ones(s.shape[-2:], dtype=torch.bool).tril(), s, -torch.inf)
+    return s
 
 
 @attention_f32.register_fake

@@ -13,7 +13,7 @@ from torch import Tensor
 from t3c_compile.passes.ops.nested import WEIGHT_QMAX, keep_top_bits, quantize_weight
 
 
-def _is_float(bits: Tensor) -> bool:
+def is_float(bits: Tensor) -> bool:
     """Whether nothing is rounded, where asking does not wait for a GPU."""
     return bits.device.type == "cpu" and bool(bits >= 32)
 
@@ -26,7 +26,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, qm
     middle of a factor chain; ``bits`` is the layer's 0-d width: at 32 the layer runs in
     floating point and ``x`` comes back unchanged. Gradient: one inside the int8 range, zero outside.
     """
-    if _is_float(bits):
+    if is_float(bits):
         return x.clone()
     q = torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, qmin, 127)
     return torch.where(bits >= 32, x, (q - zero_point) * scale)
@@ -59,7 +59,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
     ``scale`` broadcasts to ``weight`` (see :func:`weight_scale`); ``bits`` is a 0-d tensor, 4 to 8, or 32 for no
     rounding. Gradient: one where the integer is not clamped, zero elsewhere; none for ``scale`` and ``bits``.
     """
-    if _is_float(bits):
+    if is_float(bits):
         return weight.clone()
     rounded = keep_top_bits(quantize_weight(weight, scale), bits.clamp(max=8)) * scale
     return torch.where(bits >= 32, weight, rounded)

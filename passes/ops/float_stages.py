@@ -11,6 +11,7 @@ import torch
 
 from t3c_compile.passes.ops.attention import attention_aten, matmul_aten
 from t3c_compile.passes.ops.elementwise import ELEMENTWISE_ATEN
+from t3c_compile.passes.ops.int8_attention import attention_int8_aten
 from t3c_compile.passes.ops.reductions import layer_norm_aten, mean_aten, rms_norm_aten, softmax_aten
 
 _ATEN: Mapping[str, Callable[..., torch.Tensor]] = {
@@ -21,6 +22,7 @@ _ATEN: Mapping[str, Callable[..., torch.Tensor]] = {
     "mean_f32": mean_aten,
     "matmul_f32": matmul_aten,
     "attention_f32": attention_aten,
+    "attention_int8": attention_int8_aten,
 }
 
 FLOAT_OPS = tuple(_ATEN)
