@@ -26,7 +26,7 @@ from t3c_compile import qemu  # noqa: E402
 from t3c_compile.artifact import export_profiles  # noqa: E402
 from t3c_compile.backends.targets import get_target  # noqa: E402
 from t3c_compile.passes.capture import capture  # noqa: E402
-from t3c_compile.passes.elastic import elastic_layers  # noqa: E402
+from t3c_compile.passes.elastic import elastic_layers, full_width_known  # noqa: E402
 from t3c_compile.passes.errors import T3CError  # noqa: E402
 from t3c_compile.passes.path_gains import first_tensor  # noqa: E402
 from t3c_compile.passes.specialize import specialize  # noqa: E402
@@ -113,8 +113,9 @@ class Row:
     def train_step(self) -> str:
         """One step of gradient descent, of a size that should lower the loss by 1%; later cells go on from there."""
         elastic = self.elastic.train()
-        loss = self._loss()
-        loss.backward()
+        with full_width_known(elastic):
+            loss = self._loss()
+            loss.backward()
         layers = dict(elastic_layers(elastic))
         still = [name for name, layer in layers.items() if not _learns(layer)]
         if still:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t3c_compile.passes.elastic import ElasticLayer, Gates, elastic_layers
+from t3c_compile.passes.elastic import ElasticLayer, Gates, elastic_layers, full_width_known
 from t3c_compile.passes.elastic.layer import Activation, of_call
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -48,7 +48,8 @@ def call_statistics(
     training = model.training
     model.eval()
     model.set_full()
-    gains = path_gains(model, calibration)
+    with full_width_known(model):
+        gains = path_gains(model, calibration)
     seen: dict[str, list[tuple[Tensor, int, int, bool, int]]] = {}
 
     def watch(name: str) -> Any:

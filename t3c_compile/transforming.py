@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import nn
 
 from t3c_compile.passes.capture import capture
-from t3c_compile.passes.elastic import elastic_layers
+from t3c_compile.passes.elastic import elastic_layers, full_width_known
 from t3c_compile.passes.errors import NothingToCompressError, T3CError
 from t3c_compile.passes.find_elastic_layers import Candidate, FindElasticLayers
 from t3c_compile.passes.graph import ElasticGraphModule, own_parameters
@@ -182,12 +182,9 @@ def observe(elastic: ElasticGraphModule, batches: Iterable[Inputs]) -> None:
     for quantizer in quantizers:
         quantizer.reset()
         quantizer.training = True
-    for layer in layers:
-        layer.unrounded = layer.gate is None or float(layer.gate.bits) >= 32
     try:
-        for inputs in batches:
-            elastic(*inputs)
+        with full_width_known(elastic):
+            for inputs in batches:
+                elastic(*inputs)
     finally:
-        for layer in layers:
-            layer.unrounded = False
         elastic.train(training)

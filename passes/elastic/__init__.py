@@ -1,7 +1,7 @@
 """Elastic layers: the modules that the decompose passes put in place of linear and convolution nodes."""
 
 from t3c_compile.passes.elastic.conv import CpConv2d, DenseConv2d, SvdConv2d, Tucker2Conv2d
-from t3c_compile.passes.elastic.layer import ElasticLayer, elastic_layers
+from t3c_compile.passes.elastic.layer import ElasticLayer, elastic_layers, full_width_known
 from t3c_compile.passes.elastic.linear import DenseLinear, SvdLinear
 from t3c_compile.passes.elastic.quantizer import ActivationQuantizer, Gate, Gates
 from t3c_compile.passes.elastic.table import Table
@@ -19,4 +19,5 @@ __all__ = [
     "Table",
     "Tucker2Conv2d",
     "elastic_layers",
+    "full_width_known",
 ]

@@ -1,6 +1,7 @@
 """The common part of every elastic layer."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -206,3 +207,17 @@ def elastic_layers(model: nn.Module) -> Iterator[tuple[str, ElasticLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, ElasticLayer):
             yield name, module
+
+
+@contextmanager
+def full_width_known(elastic: nn.Module) -> Iterator[None]:
+    """Inside, layers at 32 bits use their weights as they are. Else each makes a copy, for a compiled graph cannot ask
+    how wide a layer is. No gate may change meanwhile."""
+    layers = [layer for _, layer in elastic_layers(elastic)]
+    for layer in layers:
+        layer.unrounded = layer.gate is None or float(layer.gate.bits) >= 32
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unrounded = False
