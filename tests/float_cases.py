@@ -11,7 +11,7 @@ from tvm import te
 from t3c_compile.backends.tvm.default_schedule import schedule_default
 from t3c_compile.backends.tvm.kernels import floats, pool, rows, vmath
 from t3c_compile.backends.tvm.kernels.attention import attention
-from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec
+from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, plain
 from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
@@ -173,19 +173,22 @@ class _Maker:
             names = ("b", heads, "l", "s")
             shape = tuple(size if size == 1 else name for size, name in zip(shape, names, strict=False))
         scale = width**-0.5
+        b, many, n = ("b", "l", "s") if symbolic else (batch, count, keys)
+        sizes = [(heads, many, width), (groups, n, width), (groups, n, value_width), (heads, many, value_width)]
+        layouts = [plain(b, *size, tokens_first) for size in sizes]
         spec = AttentionSpec(
-            "b" if symbolic else batch,
+            b,
             groups,
             heads // groups,
-            "l" if symbolic else count,
-            "s" if symbolic else keys,
+            many,
+            n,
             width,
             value_width,
+            tuple(layouts),  # type: ignore[arg-type]
             scale,
             causal,
             None if mask is None else str(mask.dtype).removeprefix("torch."),
             shape,
-            (tokens_first,) * 4,
             integers,
         )
         expected = (ops.attention_int8 if integers else ops.attention_f32)(q, k, v, mask, causal, scale)

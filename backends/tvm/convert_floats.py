@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from tvm import relax, te
@@ -11,9 +12,10 @@ from tvm.ir import Expr
 
 from t3c_compile.backends.tvm.kernels import rows, vmath
 from t3c_compile.backends.tvm.kernels.attention import attention
-from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec
+from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Layout, plain
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
+from t3c_compile.backends.tvm.strides import lying
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
 _SWAP = [0, 2, 1, 3]
@@ -94,18 +96,14 @@ def _swaps_tokens(node: Any) -> bool:
 def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> relax.Var:
     """``t3c::attention_f32``, ``t3c::attention_int8``, and ATen's, whose inputs may have three dimensions.
 
-    Where an input or the output is transposed to or from [batch, tokens, heads, width], the kernel reads and writes it
-    as it lies.
+    Inputs that are views of other tensors are read as they lie, and an output that is transposed to [batch, tokens,
+    heads, width] is written so.
     """
     nodes = [a["query"], a["key"], a["value"]]
-    plain = [lower.value(node) for node in nodes]
-    four = len(shape_of(plain[0])) == 4
-    first = [four and _swaps_tokens(node) for node in nodes]
-    tensors = [lower.value(node.args[0]) if f else x for node, f, x in zip(nodes, first, plain, strict=True)]
-    shapes = [shape_of(x) for x in plain]
+    shapes = [shape_of(lower.value(node)) for node in nodes]
+    four = len(shapes[0]) == 4
     if not four:
         shapes = [[batch, 1, tokens, width] for batch, tokens, width in shapes]
-        tensors = [lower.emit(relax.op.reshape(x, shape)) for x, shape in zip(tensors, shapes, strict=True)]
     (batch, heads, count, width), (_, groups, keys, _), (*_, value_width) = shapes
     mask = lower.optional(a["attn_mask"])
     mask_shape: list[Any] = []
@@ -116,6 +114,9 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> rela
         mask_shape = [*lead, *mask_shape[-2:]]
         mask = lower.emit(relax.op.reshape(mask, mask_shape))
     last = four and bool(lower.node.users) and all(_swaps_tokens(user) for user in lower.node.users)
+    read = [_heads(lower, node, shape) for node, shape in zip(nodes, shapes, strict=True)]
+    tensors, layouts = [x for x, _ in read], [layout for _, layout in read]
+    written = plain(dims([batch])[0], heads, dims([count])[0], value_width, last)
     spec = AttentionSpec(
         dims([batch])[0],
         groups,
@@ -124,11 +125,11 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> rela
         dims([keys])[0],
         width,
         value_width,
+        (*layouts, written),
         float(a["scale"] or width**-0.5),
         bool(a["is_causal"]),
         None if mask is None else str(mask.ty.dtype),
         dims(mask_shape),
-        (first[0], first[1], first[2], last),
         integers,
     )
     shape = [batch, count, heads, value_width] if last else [batch, heads, count, value_width]
@@ -137,6 +138,31 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> rela
         lower.tokens_first[lower.node] = y
         return lower.emit(relax.op.permute_dims(y, _SWAP))
     return y if four else lower.emit(relax.op.reshape(y, [batch, count, value_width]))
+
+
+def _heads(lower: Lowering, node: fx.Node, shape: list[Any]) -> tuple[relax.Expr, Layout]:
+    """The tensor to read ``node``, of ``shape`` [batch, heads, tokens, width], from, and where its heads lie in it."""
+    view = lying(node, lower.exists)
+    steps = view.steps()
+    x = lower.value(view.base)
+    known = dims(shape_of(x))
+    if steps is not None and len(steps) == 4 and view.start.is_Integer and steps[3] in (0, 1):
+        sizes = [_factors(step, known) for step in steps[:3]]
+        if all(size is not None for size in sizes):
+            return x, Layout(known, *sizes, int(view.start))  # type: ignore[arg-type]
+    batch, heads, tokens, width = dims(shape)
+    return lower.emit(relax.op.reshape(lower.value(node), shape)), plain(batch, int(heads), tokens, int(width))
+
+
+def _factors(step: Any, known: tuple[int | str, ...]) -> tuple[int | str, ...] | None:
+    """A step as a product of a number and sizes that ``known`` names; None where it is none."""
+    number, rest = sympy.sympify(step).as_coeff_Mul()
+    names: list[int | str] = []
+    for base, power in rest.as_powers_dict().items() if rest != 1 else ():
+        if not base.is_Symbol or not power.is_Integer or power < 0 or str(base) not in known:
+            return None
+        names += [str(base)] * int(power)
+    return (int(number), *names)
 
 
 def _permute(lower: Lowering, a: Arguments) -> relax.Var:

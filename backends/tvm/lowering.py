@@ -115,6 +115,10 @@ class Lowering:
         """What ``node`` has become."""
         return self._importer.env[node]
 
+    def exists(self, node: fx.Node) -> bool:
+        """Whether ``node`` has become a tensor: what a kernel has taken over has not."""
+        return self._importer.env.get(node) is not None
+
     def channels_last(self, node: fx.Node) -> relax.Var:
         """The images that ``node`` has become, as [batch, height, width, channels]."""
         if node not in self._channels_last:

@@ -13,7 +13,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.attention_f32 import FloatProducts
-from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, RowTile
+from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, Layout, RowTile
 from t3c_compile.backends.tvm.kernels.attention_int8 import IntegerProducts
 from t3c_compile.backends.tvm.kernels.emit import (
     CHUNK_ROWS,
@@ -48,41 +48,33 @@ _INTEGER_ROWS = 256
 def attention(isa: Isa, s: AttentionSpec) -> tvm.tirx.PrimFunc:
     """(float32 query, key, value, mask where there is one, float32 y): ``t3c::attention_f32``, with ``integers``
     ``t3c::attention_int8``."""
-    heads = s.groups * s.share
-
-    def shape(count: int, tokens: int | str, width: int, first: bool) -> tuple[int | str, ...]:
-        return (s.batch, tokens, count, width) if first else (s.batch, count, tokens, width)
-
     with prim_func("attention") as function:
-        sizes = ((heads, s.rows, s.width), (s.groups, s.keys, s.width), (s.groups, s.keys, s.value_width))
-        shapes = [
-            shape(*size, first)
-            for size, first in zip((*sizes, (heads, s.rows, s.value_width)), s.tokens_first, strict=True)
-        ]
         q, k, v, mask, y = function.args(
-            query=(shapes[0], "float32"),
-            key=(shapes[1], "float32"),
-            value=(shapes[2], "float32"),
+            query=(s.layouts[0].shape, "float32"),
+            key=(s.layouts[1].shape, "float32"),
+            value=(s.layouts[2].shape, "float32"),
             mask=None if s.mask is None else (s.mask_shape, s.mask),
-            y=(shapes[3], "float32"),
+            y=(s.layouts[3].shape, "float32"),
         )
         batch, rows, keys = (function.size((d,)) for d in (s.batch, s.rows, s.keys))
-        first = s.tokens_first
+
+        def heads(buffer: Buffer, tokens: Index, layout: Layout) -> Heads:
+            steps = (function.size(layout.batch), function.size(layout.head), function.size(layout.token))
+            return Heads(buffer, tokens, layout.start, steps)
+
+        tensors = zip((q, k, v, y), (rows, keys, keys, rows), s.layouts, strict=True)
         kernel = _Attention(
             isa,
             s,
-            (
-                Heads(q, heads, rows, s.width, first[0]),
-                Heads(k, s.groups, keys, s.width, first[1]),
-                Heads(v, s.groups, keys, s.value_width, first[2]),
-                Heads(y, heads, rows, s.value_width, first[3]),
-            ),
+            tuple(heads(*tensor) for tensor in tensors),  # type: ignore[arg-type]
             mask,
             function.dims(s.mask_shape),
         )
         chunks_of_rows, chunk = _even(rows * s.share, _INTEGER_ROWS if s.integers else CHUNK_ROWS)
 
-        @for_each(batch * s.groups * chunks_of_rows, product((batch, heads, rows, keys, s.width + s.value_width)))
+        @for_each(
+            batch * s.groups * chunks_of_rows, product((batch, s.groups * s.share, rows, keys, s.width + s.value_width))
+        )
         def _(task: Index) -> None:
             head = T.bind(task // chunks_of_rows)
             kernel.emit(T.bind(head // s.groups), T.bind(head % s.groups), T.bind(task % chunks_of_rows * chunk), chunk)

@@ -4,14 +4,35 @@ from dataclasses import dataclass
 
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index
 
+Size = tuple[int | str, ...]
+"""A product of numbers and sizes that are known at run time alone."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the heads of a tensor of ``shape`` lie: rows one after the other in memory, the first of them at ``start``,
+    and the steps to the next sample, head and token, in elements."""
+
+    shape: Size
+    batch: Size
+    head: Size
+    token: Size
+    start: int = 0
+
+
+def plain(batch: int | str, heads: int, tokens: int | str, width: int, tokens_first: bool = False) -> Layout:
+    """Of a tensor [batch, heads, tokens, width], or [batch, tokens, heads, width]."""
+    if tokens_first:
+        return Layout((batch, tokens, heads, width), (tokens, heads, width), (width,), (heads, width))
+    return Layout((batch, heads, tokens, width), (heads, tokens, width), (tokens, width), (width,))
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Shapes of ``query`` [batch, groups * share, rows, width], ``key`` and ``value`` [batch, groups, keys, ...].
+    """Sizes of ``query`` [batch, groups * share, rows, width], ``key`` and ``value`` [batch, groups, keys, ...].
 
-    ``mask``: its dtype, or none; ``mask_shape``: its four dimensions, 1 where it broadcasts. ``tokens_first``: which of
-    query, key, value and output lie as [batch, rows, heads, width]. ``integers``: both products are of int8, with
-    widths that are multiples of 16.
+    ``layouts``: of query, key, value and output. ``mask``: its dtype, or none; ``mask_shape``: its four dimensions, 1
+    where it broadcasts. ``integers``: both products are of int8, with widths that are multiples of 16.
     """
 
     batch: int | str
@@ -21,32 +42,31 @@ class AttentionSpec:
     keys: int | str
     width: int
     value_width: int
+    layouts: tuple[Layout, Layout, Layout, Layout]
     scale: float
     causal: bool = False
     mask: str | None = None
-    mask_shape: tuple[int | str, ...] = ()
-    tokens_first: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    mask_shape: Size = ()
     integers: bool = False
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A tensor of heads: where row ``token`` of a head starts, and the step to the next row."""
+    """A tensor of heads, ``tokens`` rows each; ``layout`` with its steps as indices: sample, head, token."""
 
     buffer: Buffer
-    heads: int
     tokens: Index
-    width: int
-    tokens_first: bool
+    start: int
+    steps: tuple[Index, Index, Index]
 
     def row(self, batch: Index, head: Index, token: Index) -> Index:
-        if self.tokens_first:
-            return ((batch * self.tokens + token) * self.heads + head) * self.width
-        return ((batch * self.heads + head) * self.tokens + token) * self.width
+        """Where row ``token`` of a head starts."""
+        return self.start + batch * self.steps[0] + head * self.steps[1] + token * self.steps[2]
 
     @property
-    def step(self) -> int:
-        return self.heads * self.width if self.tokens_first else self.width
+    def step(self) -> Index:
+        """From a row to the next."""
+        return self.steps[2]
 
 
 @dataclass(frozen=True)
