@@ -148,6 +148,7 @@ def one_profile(model: Any, batches: Sequence[tuple[Any, ...]], fraction: float)
     multiple = 10**9 if fraction == 1 else 16
     elastic = t3c_compile.transform(model, batches[0], Config(rank_multiple=multiple), calibration=None)
     elastic.set_attention_dtype("int8")
+    elastic.set_residual_dtype("int8")
     options = {}
     for name, layer in elastic_layers(elastic):
         cost, dense = layer_cost(layer), float(layer_cost(layer, "dense").at(0, 8)[0])

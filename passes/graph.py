@@ -142,6 +142,21 @@ class ElasticGraphModule(GraphModule):
 
         self.run_pass(quantize if dtype == "int8" else FloatAttention())
 
+    def set_residual_dtype(self, dtype: str) -> None:
+        """``int8``: an image that a convolution reads as int8 and that is added elsewhere, too, is added as that int8,
+        in training and in every profile snapped from now on; ``float32``: as it was, as after ``transform``.
+
+        Raises:
+            T3CError: another ``dtype``.
+        """
+        from t3c_compile.passes.quantize_residuals import FloatResiduals, QuantizeResiduals
+
+        if dtype not in ("int8", "float32"):
+            raise T3CError(f"residuals can be int8 or float32, not {dtype!r}")
+        self.run_pass(FloatResiduals())
+        if dtype == "int8":
+            self.run_pass(QuantizeResiduals())
+
     def to_dense(
         self, model: nn.Module | None = None, options: Mapping[str, Option] | None = None
     ) -> dict[str, Tensor]:

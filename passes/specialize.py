@@ -19,6 +19,7 @@ from t3c_compile.passes.infer_values import infer_values
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.pin_float_stages import PinFloatStages
 from t3c_compile.passes.quantize_attention import take_integer_attention
+from t3c_compile.passes.quantize_residuals import deploy_residuals
 from t3c_compile.passes.state import named_tensors
 
 aten = torch.ops.aten
@@ -166,6 +167,7 @@ def specialize(
     gm = GraphModule(root, root.eval_graph)
     del root
     integer_attention = take_integer_attention(gm, options)
+    deploy_residuals(gm, options, activations or {})
     Specialize(options, activations or {}, store_ranks or {})(gm)
     FoldBatchNorm()(gm)
     infer_values(gm, model.meta["t3c_inputs"])

@@ -139,6 +139,11 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         choices=("int8", "float32"),
         help="products of attention; int8 is faster (default as in the checkpoint, else float32)",
     )
+    command.add_argument(
+        "--residuals",
+        choices=("int8", "float32"),
+        help="images that are added around convolutions; int8 is faster (default as in the checkpoint, else float32)",
+    )
 
 
 def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
@@ -151,6 +156,8 @@ def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
         checkpoint.model.set_activation_dtype(arguments.activations)
     if arguments.attention is not None:
         checkpoint.model.set_attention_dtype(arguments.attention)
+    if arguments.residuals is not None:
+        checkpoint.model.set_residual_dtype(arguments.residuals)
     return checkpoint
 
 

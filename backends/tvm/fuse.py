@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from t3c_compile.backends.tvm.kernels.finish import ACTIVATIONS, ADD, Finish
+from t3c_compile.backends.tvm.kernels.finish import ACTIVATIONS, ADD, ADD_INT8, Finish
 
 _HEADS = (
     "int8_linear",
@@ -31,13 +31,15 @@ _HEADS = (
 class Fused:
     """A kernel's node and what it takes over; the kernel is called where ``last``, its float32 result, stands.
 
-    ``added``: the nodes whose values are added. ``forms``: for each int8 form, the ``quantize_int8`` nodes that are it.
+    ``added``: the nodes whose values are added, of int8 ones with scale and zero point in ``added_scales``.
+    ``forms``: for each int8 form, the ``quantize_int8`` nodes that are it.
     """
 
     head: fx.Node
     last: fx.Node
     steps: list[str] = field(default_factory=list)
     added: list[fx.Node] = field(default_factory=list)
+    added_scales: list[tuple[float, int]] = field(default_factory=list)
     forms: dict[tuple[float, int], list[fx.Node]] = field(default_factory=dict)
     floats: bool = True
 
@@ -105,7 +107,12 @@ def _take(fused: Fused, user: fx.Node) -> bool:
         return False
     if not all(statically_known_true(a == b) for a, b in zip(mine.shape, theirs.shape, strict=True)):
         return False
-    fused.steps.append(ADD)
+    if _name(other) == "dequantize_int8":
+        other, scale, zero_point = other.args  # type: ignore[assignment]
+        fused.added_scales.append((float(scale), int(zero_point)))
+        fused.steps.append(ADD_INT8)
+    else:
+        fused.steps.append(ADD)
     fused.added.append(other)
     return True
 

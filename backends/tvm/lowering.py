@@ -18,7 +18,7 @@ from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from t3c_compile.backends.tvm.fuse import Fused, fuse
-from t3c_compile.backends.tvm.kernels.finish import Finish
+from t3c_compile.backends.tvm.kernels.finish import ADD_INT8, Finish
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.quantize import flip
@@ -221,7 +221,12 @@ class Lowering:
         """
         fused: Fused = self._fused
         forms = [number for scale, zero_point in fused.forms for number in (1 / scale, zero_point)]
-        added = map(self.channels_last if channels_last else self.value, fused.added)
+        offset = self.isa.offset if channels_last else 0
+        forms += [number for scale, zero_point in fused.added_scales for number in (scale, zero_point + offset)]
+        added = [
+            (self.activations if kind == ADD_INT8 else self.channels_last)(node) if channels_last else self.value(node)
+            for kind, node in zip(fused.finish.added, fused.added, strict=True)
+        ]
         args = [*args, *added, scalars(*forms) if forms else None]
         form_type = relax.TensorType(shape, self.isa.activation_dtype if channels_last else "int8")
         types = [relax.TensorType(shape, "float32")] * fused.floats + [form_type] * len(fused.forms)

@@ -24,7 +24,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
 )
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
-ADD = "add"
+ADD, ADD_INT8 = "add", "add int8"
 
 
 def _relu(x: Expr, lanes: int) -> Expr:
@@ -46,7 +46,8 @@ ACTIVATIONS: Mapping[str, Callable[[Expr, int], Expr]] = {
 
 @dataclass(frozen=True)
 class Finish:
-    """``steps`` in order, each ``add`` (of a tensor of the result's shape) or a name in :data:`ACTIVATIONS`.
+    """``steps`` in order, each :data:`ADD` or :data:`ADD_INT8` (of a tensor of the result's shape) or a name in
+    :data:`ACTIVATIONS`.
 
     ``floats``: the float32 result is written. ``quantized``: how many int8 forms of it are, each with its own scale.
     ``offset``: added to those forms for a dot product that wants them as uint8, else 0.
@@ -58,17 +59,24 @@ class Finish:
     offset: int = 0
 
     @property
+    def added(self) -> list[str]:
+        """The steps that add a tensor."""
+        return [step for step in self.steps if step in (ADD, ADD_INT8)]
+
+    @property
     def form_dtype(self) -> str:
         return "uint8" if self.offset else "int8"
 
     def arguments(self, shape: Shape) -> dict[str, tuple[Shape, str] | None]:
-        """What a kernel takes after its own arguments: tensors to add, 1 / scale and zero point of each int8 form
-        (float32), and the results."""
-        added = {f"added{i}": (shape, "float32") for i in range(self.steps.count(ADD))}
+        """What a kernel takes after its own arguments: tensors to add, 1 / scale and zero point of each int8 form and
+        scale and zero point of each int8 tensor to add (float32), and the results."""
+        dtypes = ["float32" if kind == ADD else self.form_dtype for kind in self.added]
+        added = {f"added{i}": (shape, dtype) for i, dtype in enumerate(dtypes)}
+        numbers = 2 * (self.quantized + self.added.count(ADD_INT8))
         forms = {f"q{i}": (shape, self.form_dtype) for i in range(self.quantized)}
         return {
             **added,
-            "forms": ((2 * self.quantized,), "float32") if self.quantized else None,
+            "forms": ((numbers,), "float32") if numbers else None,
             "y": (shape, "float32") if self.floats else None,
             **forms,
         }
@@ -81,19 +89,28 @@ class Writer:
     """Ends a kernel as ``finish`` says; ``buffers`` are those of its arguments."""
 
     def __init__(self, finish: Finish, buffers: Sequence[Buffer]) -> None:
-        count = finish.steps.count(ADD)
+        count = len(finish.added)
         self._finish, self._added = finish, buffers[:count]
-        forms, self._y = buffers[count], buffers[count + 1]
-        self._forms = [(q, T.bind(forms[2 * i]), T.bind(forms[2 * i + 1])) for i, q in enumerate(buffers[count + 2 :])]
+        numbers, self._y = buffers[count], buffers[count + 1]
+        pairs = [
+            (T.bind(numbers[2 * i]), T.bind(numbers[2 * i + 1]))
+            for i in range(finish.quantized + finish.added.count(ADD_INT8))
+        ]
+        self._forms = [(q, *pair) for q, pair in zip(buffers[count + 2 :], pairs, strict=False)]
+        self._added_scales = pairs[finish.quantized :]
 
     def put(self, index: Index, value: Expr, lanes: int, valid: int | None = None) -> None:
         """Write the first ``valid`` (all) of ``lanes`` results that lie from element ``index`` on."""
         valid = lanes if valid is None else valid
-        added = iter(self._added)
+        added, scales = iter(self._added), iter(self._added_scales)
         for step in self._finish.steps:
             if step == ADD:
                 # Never one operation with a product before it: the reference rounds both.
                 value = vmath.rounded(value, lanes) + load_partial(next(added), index, lanes, valid)
+            elif step == ADD_INT8:
+                (scale, zero_point), form = next(scales), load_partial(next(added), index, lanes, valid)
+                whole = T.cast(T.cast(form, vec("int32", lanes)), vec("float32", lanes)) - fill(zero_point, lanes)
+                value = vmath.rounded(value, lanes) + vmath.rounded(whole * fill(scale, lanes), lanes)
             else:
                 value = ACTIVATIONS[step](T.bind(value), lanes)
         value = T.bind(value)
