@@ -1,21 +1,27 @@
-"""What the processor this program runs on has: its features and its cores."""
+"""What the machine this program runs on has: its processor's features, its cores and its memory."""
 
 import ctypes
 import os
 import platform
 from pathlib import Path
 
-# From Linux's asm/hwcap.h for arm64.
-_AT_HWCAP = 16
-_ARM_HWCAP = {"asimd": 1, "asimdhp": 10, "asimddp": 20}
+# From Linux's asm/hwcap.h for arm64: features by the word of the auxiliary vector and its bit.
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+_ARM_FEATURES = {
+    _AT_HWCAP: {"asimd": 1, "atomics": 8, "asimdhp": 10, "asimdrdm": 12, "asimddp": 20, "sve": 22},
+    _AT_HWCAP2: {"sve2": 1, "i8mm": 13, "bf16": 14},
+}
 
 
 def features() -> frozenset[str]:
     """CPU features as Linux names them: from ``/proc/cpuinfo`` on x86, from the auxiliary vector on arm64."""
     if platform.machine() in ("aarch64", "arm64"):
         # An emulator shows its host's cpuinfo; the auxiliary vector is the program's own.
-        capabilities = ctypes.CDLL(None).getauxval(_AT_HWCAP)
-        return frozenset(name for name, bit in _ARM_HWCAP.items() if capabilities >> bit & 1)
+        value = ctypes.CDLL(None).getauxval
+        value.restype = ctypes.c_ulong
+        return frozenset(
+            name for word, bits in _ARM_FEATURES.items() for name, bit in bits.items() if value(word) >> bit & 1
+        )
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -46,3 +52,8 @@ def cores() -> int:
         except OSError:
             return len(processors)
     return len(siblings)
+
+
+def memory_bytes() -> int:
+    """Physical memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,110 +1,227 @@
-"""Device descriptions: what code a target can run, its rank grid and how the cost of a layer is known.
+"""Targets: what code a device can run, its rank grid, its memory and how the cost of a layer is known.
 
-Imports neither torch nor the compiler, so that the command line can list targets at once.
+They are data: ``targets.toml`` beside this file says what its keys mean, and a file of the user's own, named by the
+environment variable ``T3C_TARGETS``, adds more. Imports neither torch nor the compiler, so that the command line can
+list targets at once.
 """
 
+import os
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 from t3c_compile.backends import cpu
 from t3c_compile.passes.errors import T3CError
+
+OWN_TARGETS = "T3C_TARGETS"
+_SHIPPED = Path(__file__).with_name("targets.toml")
+# The target x86_64 is the first of these that this machine is.
+_HOST_LEVELS = ("x86_64-vnni", "x86_64-v3")
+# The kinds that have a backend.
+_LOWERED_KINDS = ("cpu",)
 
 
 class UnknownTargetError(T3CError):
     """No target has that name, or this host cannot be one; the message says which are known."""
 
 
+class TargetFileError(T3CError):
+    """A file of targets cannot be used; the message names the file, the target and the key."""
+
+
+class UnsupportedTargetError(T3CError):
+    """The target is described, but there is no backend that compiles for it."""
+
+
 @dataclass(frozen=True)
 class Target:
-    """One device kind.
+    """One device kind; ``targets.toml`` says what each field means.
 
-    ``simd`` names the instruction set the kernels are written for: ``avx512vnni``, ``avx2``, ``dotprod`` or ``neon``.
-    ``tvm`` is TVM's target dictionary. ``zig_triple`` is the cross-linking triple, None where the host links.
-    ``peak_gops`` (int8 multiply-adds counted as two, one core), ``peak_gflops`` (the same in float32) and
-    ``bandwidth_gbps`` feed the roofline cost;
-    ``cost_source`` says how a cost on this target comes about when nothing was measured.
+    ``host`` is the CPU beside an accelerator, None for a CPU. ``simd``, ``tvm``, ``zig_triple`` and ``vela`` are empty
+    where the kind has none.
     """
 
     name: str
-    simd: str
-    tvm: Mapping[str, object]
-    zig_triple: str | None
+    kind: str
+    features: tuple[str, ...]
     rank_multiple: int
     bits: tuple[int, ...]
+    accumulate: str
+    memory_bytes: int
     peak_gops: float
     peak_gflops: float
     bandwidth_gbps: float
-    cost_source: str
+    cost: str
+    roofline: str
+    simd: str = ""
+    host: "Target | None" = None
+    tvm: Mapping[str, object] = field(default_factory=dict)
+    zig_triple: str | None = None
+    vela: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def cost_source(self) -> str:
+        """How a cost on this target comes about while nothing is measured."""
+        return f"roofline: {self.roofline}"
 
 
-_BITS = (4, 6, 8)
-_ARM_TRIPLE = "aarch64-linux-gnu.2.28"
-_VNNI_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
-
-
-def _x86_64() -> Target:
-    flags = cpu.features()
-    if all(flag in flags for flag in _VNNI_FLAGS):
-        # Cascade Lake is the oldest core with AVX512-VNNI: what it has, every later one has.
-        tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "cascadelake", "num-cores": cpu.cores()}
-        return Target(
-            "x86_64", "avx512vnni", tvm, None, 16, _BITS, 400.0, 100.0, 20.0, "roofline: nominal 400 GOP/s a core"
-        )
-    if "avx2" in flags and "fma" in flags:
-        tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": cpu.cores()}
-        return Target("x86_64", "avx2", tvm, None, 8, _BITS, 60.0, 50.0, 20.0, "roofline: nominal 60 GOP/s a core")
-    raise UnknownTargetError(
-        "target x86_64 describes the host, and this host has no AVX2; cross-compile for another target"
-    )
-
-
-def _x86_64_v3() -> Target:
-    tvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": 4}
-    return Target("x86_64-v3", "avx2", tvm, None, 8, _BITS, 60.0, 50.0, 20.0, "roofline: nominal 60 GOP/s a core")
-
-
-def _arm64() -> Target:
-    tvm = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon"], "num-cores": 4}
-    return Target("arm64", "neon", tvm, _ARM_TRIPLE, 8, _BITS, 20.0, 12.0, 8.0, "roofline: nominal 20 GOP/s a core")
-
-
-def _cortex_a76() -> Target:
-    tvm = {
-        "kind": "llvm",
-        "mtriple": "aarch64-linux-gnu",
-        "mcpu": "cortex-a76",
-        "mattr": ["+neon", "+dotprod"],
-        "num-cores": 4,
-    }
-    # Two 128-bit sdot a cycle at 2.4 GHz: 2 * 16 multiply-adds * 2.
-    return Target(
-        "cortex-a76", "dotprod", tvm, _ARM_TRIPLE, 8, _BITS, 153.0, 38.0, 12.0, "roofline: 2 sdot a cycle at 2.4 GHz"
-    )
-
-
-_TARGETS: dict[str, Callable[[], Target]] = {
-    "x86_64": _x86_64,
-    "x86_64-v3": _x86_64_v3,
-    "arm64": _arm64,
-    "cortex-a76": _cortex_a76,
+_NUMBER = (int, float)
+# A type, a tuple of types, or [type of the elements].
+_KEYS: dict[str, Any] = {
+    "kind": str,
+    "features": [str],
+    "rank_multiple": int,
+    "bits": [int],
+    "accumulate": str,
+    "memory_bytes": int,
+    "peak_gops": _NUMBER,
+    "peak_gflops": _NUMBER,
+    "bandwidth_gbps": _NUMBER,
+    "cost": str,
+    "roofline": str,
+}
+_KEYS_OF_KIND: dict[str, dict[str, Any]] = {
+    "cpu": {"simd": str, "tvm": dict},
+    "cuda": {"host": str, "tvm": dict},
+    "ethos-u": {"host": str, "vela": dict},
+}
+_OPTIONAL = {"cpu": {"zig_triple": str}}
+_KEYS_OF_TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "tvm": {"cpu": ("kind", "mtriple", "mcpu", "num-cores"), "cuda": ("kind", "arch", "max_threads_per_block")},
+    "vela": {"ethos-u": ("accelerator", "system_config", "memory_mode")},
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "kind": tuple(_KEYS_OF_KIND),
+    "simd": ("avx512vnni", "avx2", "dotprod", "neon"),
+    "bits": (4, 5, 6, 7, 8),
+    "accumulate": ("int32",),
+    "cost": ("measured", "vela"),
 }
 
 
-def list_targets() -> tuple[str, ...]:
-    """Names of the known targets."""
-    return tuple(_TARGETS)
+def read_targets(path: str | os.PathLike[str]) -> dict[str, Target]:
+    """The targets that a TOML file describes, by name; their hosts are in the file or among the shipped targets.
+
+    Raises:
+        TargetFileError: the file cannot be read, or a descriptor in it is wrong.
+    """
+    file = Path(path)
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TargetFileError(f"cannot read targets from {file}: {error}") from error
+    shipped = {} if file == _SHIPPED else _shipped()
+
+    def refuse(name: str, wrong: str) -> TargetFileError:
+        return TargetFileError(f"{file}: target [{name}]: {wrong}")
+
+    for name, table in tables.items():
+        wrong = _wrong(table)
+        if wrong:
+            raise refuse(name, wrong)
+        if name in (*shipped, "x86_64"):
+            raise refuse(name, "a shipped target has this name; choose another")
+    found: dict[str, Target] = {}
+    # CPUs first: they are the hosts.
+    for name, table in sorted(tables.items(), key=lambda item: item[1]["kind"] != "cpu"):
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        if "host" in table:
+            values["host"] = (shipped | found).get(table["host"])
+            if values["host"] is None or values["host"].kind != "cpu":
+                raise refuse(name, f"host: {table['host']!r} is no target of kind cpu")
+        found[name] = Target(name, **values)
+        if (
+            shipped
+            and not (table.get("zig_triple") or machine(found[name]) == platform.machine())
+            and "host" not in table
+        ):
+            raise refuse(
+                name, f"zig_triple: is missing, and the compiler of this {platform.machine()} links for itself"
+            )
+    return {name: found[name] for name in tables}
+
+
+def _wrong(table: Any) -> str | None:
+    """What is wrong with a descriptor: the key, and why; None where nothing is."""
+    if not isinstance(table, dict):
+        return "it is not a table of keys"
+    kind = table.get("kind")
+    if kind not in _KEYS_OF_KIND:
+        return f"kind: {kind!r} is not one of {', '.join(_KEYS_OF_KIND)}"
+    required = _KEYS | _KEYS_OF_KIND[kind]
+    allowed = required | _OPTIONAL.get(kind, {})
+    for key in (*required, *table):
+        if key not in table:
+            return f"{key}: is missing"
+        if key not in allowed:
+            return f"{key}: is not a key of kind {kind}; there are {', '.join(allowed)}"
+        wrong = _wrong_value(kind, key, table[key], allowed[key])
+        if wrong:
+            return f"{key}: {wrong}"
+    return None
+
+
+def _wrong_value(kind: str, key: str, value: Any, wanted: Any) -> str | None:
+    listed = isinstance(wanted, list)
+    values, types = (value, wanted[0]) if listed and isinstance(value, list) else ([value], wanted)
+    if listed != isinstance(value, list) or not all(isinstance(v, types) and not isinstance(v, bool) for v in values):
+        return f"{value!r} is of the wrong type"
+    if listed and not values:
+        return "is empty"
+    for v in values:
+        if key in _CHOICES and v not in _CHOICES[key]:
+            return f"{v!r} is not one of {', '.join(map(str, _CHOICES[key]))}"
+        if isinstance(v, int | float) and v <= 0:
+            return f"{v} is not positive"
+    if key == "bits" and value != sorted(set(value)):
+        return f"{value} does not rise"
+    missing = [name for name in _KEYS_OF_TABLE.get(key, {}).get(kind, ()) if name not in value]
+    return f"{missing[0]} is missing" if missing else None
 
 
 @cache
+def _shipped() -> dict[str, Target]:
+    return read_targets(_SHIPPED)
+
+
+@cache
+def _x86_64() -> Target | None:
+    """The level that this machine has, with its cores and its memory; None where it has none."""
+    has = cpu.features()
+    level = next((_shipped()[name] for name in _HOST_LEVELS if has.issuperset(_shipped()[name].features)), None)
+    if level is None:
+        return None
+    tvm = {**level.tvm, "num-cores": cpu.cores()}
+    return replace(level, name="x86_64", tvm=tvm, memory_bytes=cpu.memory_bytes())
+
+
+def _known() -> dict[str, Target]:
+    host, own = _x86_64(), os.environ.get(OWN_TARGETS)
+    return {**({"x86_64": host} if host else {}), **_shipped(), **(read_targets(own) if own else {})}
+
+
+def list_targets() -> tuple[str, ...]:
+    """Names of the known targets. Raises :class:`TargetFileError` where the user's file is wrong."""
+    return tuple(_known())
+
+
 def get_target(name: str) -> Target:
     """The target called ``name``; :class:`UnknownTargetError` (a ValueError) lists the known ones."""
-    try:
-        make = _TARGETS[name]
-    except KeyError:
-        raise UnknownTargetError(f"unknown target {name!r}; known targets: {', '.join(_TARGETS)}") from None
-    return make()
+    known = _known()
+    if name in known:
+        return known[name]
+    if name == "x86_64":
+        raise UnknownTargetError(
+            "target x86_64 describes the host, and this host has no AVX2; cross-compile for another target"
+        )
+    raise UnknownTargetError(
+        f"unknown target {name!r}; known targets: {', '.join(known)}. Describe another in a TOML file, and name the "
+        f"file in the environment variable {OWN_TARGETS}"
+    )
 
 
 def host_target() -> Target:
@@ -112,20 +229,17 @@ def host_target() -> Target:
     return get_target("arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64")
 
 
-# What a CPU must have to run code of each instruction set, as Linux names it.
-_CPU_FEATURES = {
-    "avx512vnni": _VNNI_FLAGS,
-    "avx2": ("avx2", "fma"),
-    "dotprod": ("asimd", "asimddp"),
-    "neon": ("asimd",),
-}
-
-
-def cpu_features(target: Target) -> tuple[str, ...]:
-    """The CPU features a library built for ``target`` needs; the runtime refuses to load it elsewhere."""
-    return _CPU_FEATURES[target.simd]
-
-
 def machine(target: Target) -> str:
-    """The architecture as ``platform.machine()`` has it on Linux: ``x86_64`` or ``aarch64``."""
-    return str(target.tvm["mtriple"]).partition("-")[0]
+    """The host's architecture as ``platform.machine()`` has it on Linux: ``x86_64`` or ``aarch64``."""
+    return str((target.host or target).tvm["mtriple"]).partition("-")[0]
+
+
+def require_lowerable(target: Target) -> None:
+    """Raise :class:`UnsupportedTargetError` where no backend compiles for ``target``."""
+    if target.kind in _LOWERED_KINDS:
+        return
+    lowered = [name for name, known in _known().items() if known.kind in _LOWERED_KINDS]
+    raise UnsupportedTargetError(
+        f"target {target.name} cannot be lowered: it is of kind {target.kind}, and this version compiles for "
+        f"{', '.join(_LOWERED_KINDS)} alone. Its grid and costs serve snap and export; lower for {', '.join(lowered)}"
+    )

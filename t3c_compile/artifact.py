@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
-from t3c_compile.backends.targets import Target, cpu_features, get_target, machine
+from t3c_compile.backends.targets import Target, get_target, machine, require_lowerable
 from t3c_compile.cost import dense_int8_bytes
 from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifest, sha256
 from t3c_compile.measuring import CALLS, measure
+from t3c_compile.memory import activation_bytes, require_fit
 from t3c_compile.passes.capture import traced_inputs
+from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.renumber import differ_in_numbers_alone, renumbered
 from t3c_compile.passes.specialize import specialize
@@ -55,13 +57,16 @@ def lower(
         records: a file that ``tune`` wrote; kernels get the tiles found fastest there, then the shipped ones.
 
     Raises:
-        UnknownTargetError, UnsupportedOpError, RecordsError: before any compiling.
+        UnknownTargetError, UnsupportedTargetError, UnsupportedOpError, RecordsError: before any compiling.
+        MemoryLimitError: a profile does not fit a target's memory.
+        T3CError: a target was not among those that ``profiles`` were snapped for.
         ArtifactError: the disk is full or the folder cannot be written.
     """
     wanted = [get_target(target) if isinstance(target, str) else target for target in targets]
     final = Path(path)
     if not final.parent.is_dir():
         raise ArtifactError(f"{final.parent} is not a folder: make it first, or choose another output")
+    _check_targets(model, profiles, wanted, example_inputs)
     own = None if records is None else Path(records)
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     try:
@@ -74,6 +79,20 @@ def lower(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _check_targets(
+    model: ElasticGraphModule, profiles: ProfileSet, targets: Sequence[Target], example_inputs: tuple[Tensor, ...]
+) -> None:
+    """Refuse what no backend compiles, what was not snapped for and what does not fit, before the long work."""
+    for target in targets:
+        require_lowerable(target)
+        if target.name not in profiles.profiles[0].costs:
+            known = ", ".join(profiles.profiles[0].costs)
+            raise T3CError(f"the profiles were snapped for {known}, not for {target.name}: snap for all of them")
+    activations = activation_bytes(model, example_inputs)
+    for profile in profiles.profiles:
+        require_fit(f"profile {profile.name}", profile.size_bytes, activations, targets, "snap again, for this target")
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -120,7 +139,7 @@ def _write(
             manifest["inputs"] = _described(library.inputs)
             manifest["targets"][target.name] = {
                 "machine": machine(target),
-                "features": list(cpu_features(target)),
+                "features": list(target.features),
                 "library": name,
                 "functions": list(library.functions),
                 "packs": {function: list(names) for function, names in library.packs.items()},

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t3c_compile.backends.targets import get_target, host_target, list_targets
+from t3c_compile.backends.targets import get_target, host_target, list_targets, require_lowerable
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.manifest import ArtifactError, read_manifest
 from t3c_compile.passes.errors import T3CError
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     c = add("inspect", _inspect, "show the profiles of an artifact or of an exported folder")
     c.add_argument("artifact")
 
-    add("targets", _targets, "list the targets")
+    add("targets", _targets, "list the targets; a TOML file named by T3C_TARGETS adds more")
 
     c = add("demo", _demo, "train, lower and run the digits example, and show what came of it")
     c.add_argument("--model", action="append", choices=("cnn", "vit"), help="only this model (default both)")
@@ -213,6 +213,8 @@ def _lower(arguments: argparse.Namespace) -> None:
     from t3c_compile.artifact import lower
 
     targets = [get_target(name) for name in arguments.target]
+    for target in targets:
+        require_lowerable(target)
     output = _writable(arguments.output)
     checkpoint, profiles = _snap(arguments, targets)
     inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
@@ -381,9 +383,12 @@ def _targets(arguments: argparse.Namespace) -> None:
     for name in list_targets():
         target = get_target(name)
         rows.append(
-            {"target": name, "instructions": target.simd, "rank_multiple": target.rank_multiple}
-            | {"bits": " ".join(map(str, target.bits)), "peak_gops": target.peak_gops}
-            | {"bandwidth_gbps": target.bandwidth_gbps, "cost": target.cost_source}
+            {"target": name, "kind": target.kind, "kernels": target.simd or None}
+            | {"host": target.host.name if target.host else None, "rank_multiple": target.rank_multiple}
+            | {"bits": " ".join(map(str, target.bits)), "accumulate": target.accumulate}
+            | {"memory_gb": target.memory_bytes / 1e9, "peak_gops": target.peak_gops}
+            | {"peak_gflops": target.peak_gflops, "bandwidth_gbps": target.bandwidth_gbps}
+            | {"cost": target.cost, "roofline": target.roofline, "features": " ".join(target.features)}
         )
     show("targets", rows, arguments.json)
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
-from t3c_compile.backends.targets import Target
+from t3c_compile.backends.targets import OWN_TARGETS, Target
 from t3c_compile.certificate import SpectralProxy, observed_drift
 from t3c_compile.chain import Grid, chains
 from t3c_compile.cost import Cost, kept_bytes, option_costs, profile_cost
 from t3c_compile.groups import Groups, group_top, layer_groups, member_levels
+from t3c_compile.memory import activation_bytes, fits, require_fit
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -44,7 +45,8 @@ def grid_of(targets: Sequence[Target]) -> Grid:
     for target in targets[1:]:
         grid = grid.join(Grid(target.rank_multiple, target.bits))
     if not grid.bits:
-        raise T3CError(f"targets {', '.join(t.name for t in targets)} have no weight width in common")
+        names = ", ".join(t.name for t in targets)
+        raise T3CError(f"targets {names} have no weight width in common: snap and lower for them apart")
     return grid
 
 
@@ -71,12 +73,25 @@ def snap(
         calibration: input tuples, also used to set each profile's activation ranges.
         labels: class indices of all calibration samples in order (of all tokens, for a language model), for accuracy.
         full_model: add the full model in float32 as the greatest profile. Its weights are stored beside the integers.
+
+    Profiles that do not fit into the memory of every target are left out, which the notes say.
+
+    Raises:
+        MemoryLimitError: the least profile does not fit.
+        T3CError: the targets share no width, or their grid leaves every layer one option.
     """
     if not calibration:
         raise T3CError("snap needs calibration inputs: a few hundred samples of real data")
     training = model.training
     model.eval()
-    ladder = chains(model, grid_of(targets))
+    grid = grid_of(targets)
+    ladder = chains(model, grid)
+    if not full_model and all(len(chain) == 1 for chain in ladder.values()):
+        raise T3CError(
+            f"the grid of {', '.join(t.name for t in targets)} (ranks that are multiples of {grid.rank_multiple}, "
+            f"widths {', '.join(map(str, grid.bits))}) leaves every layer one option, and no profiles to choose from: "
+            f"name a target with a finer grid or more widths, or describe one in a file named in {OWN_TARGETS}"
+        )
     # A layer whose factors never pay on this grid is deployed dense, and so it is measured dense.
     dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
     model = with_dense(model, dense) if dense else model
@@ -90,6 +105,10 @@ def snap(
     else:
         path, order = _controller_path(controller, ladder, layer_groups(model)), "controller"
     sizes = _sizes(model, ladder, path, targets[0])
+    activations = activation_bytes(model, calibration[0])
+    require_fit("the least profile", sizes[0], activations, targets, "name a target with more memory")
+    fitting = [i for i, size in enumerate(sizes) if fits(size, activations, targets)]
+    beyond, sizes = len(sizes) - len(fitting), sizes[: len(fitting)]
     full = _logits(model, calibration)
     measured: dict[int, Profile] = {}
     with Progress(disable=not progress, transient=True) as bar:
@@ -110,6 +129,8 @@ def snap(
             points = _between(sizes, [i for i in measured if measured[i] in kept], set(measured))[: max(0, missing)]
         if full_model:
             kept += measure([_full_options(model, ladder)])
+    if beyond:
+        notes.append(f"the targets' memory ends the climb at {round(sizes[-1])} bytes, {beyond} steps early")
     model.set_full()
     model.train(training)
     for index, profile in enumerate(kept):

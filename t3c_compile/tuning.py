@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from t3c_compile.artifact import export_profiles
-from t3c_compile.backends.targets import Target, cpu_features, get_target, machine
+from t3c_compile.backends.targets import Target, get_target, machine, require_lowerable
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.profile import ProfileSet
@@ -29,10 +29,12 @@ def open_records(path: str | os.PathLike[str], target: Target, device: str | Non
     """The file of records of what ``target`` measures, here or on ``device``; made where there is none.
 
     Raises:
+        UnsupportedTargetError: no backend compiles for the target.
         TuningError: the target does not run on this machine, and no device is named.
         RecordsError: the file is of another kind or CPU, or damaged.
     """
-    reason = refusal({"machine": machine(target), "features": cpu_features(target)})
+    require_lowerable(target)
+    reason = refusal({"machine": machine(target), "features": target.features})
     if device is None and reason is not None:
         raise TuningError(
             f"target {target.name} cannot be measured on this machine: {reason}. Name a device that runs it "

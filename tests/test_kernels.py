@@ -20,7 +20,7 @@ from kernel_cases import (
 )
 from tvm import te
 
-from t3c_compile.backends.targets import UnknownTargetError, get_target, list_targets
+from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.default_schedule import schedule_default
 from t3c_compile.backends.tvm.kernels import pack, quantize, vmath, weight_only
 from t3c_compile.backends.tvm.kernels.isa import isa_for
@@ -174,13 +174,3 @@ def test_elementwise_code_is_vectorized(function: str) -> None:
     assert "%ymm" in body
     assert not re.search(r"call\w*\s+\*?\S*(exp|erf|tanh|rint|nearbyint)", body)
     assert "vmulss" not in body
-
-
-def test_targets() -> None:
-    for name in list_targets():
-        target = get_target(name)
-        assert target.name == name
-        assert isa_for(target).name == target.simd
-        assert set(target.bits) == {4, 6, 8}
-    with pytest.raises(UnknownTargetError, match="x86_64-v3"):
-        get_target("z80")

@@ -37,7 +37,7 @@ def relax_module(
 
     Raises:
         UnsupportedOpError: a graph holds an op with no lowering.
-        UnknownTargetError: there is no such target.
+        UnknownTargetError, UnsupportedTargetError: there is no such target, or no backend for it.
     """
     isa = isa_for(get_target(target) if isinstance(target, str) else target)
     ranks = {layer: option.rank for layer, option in profile.options.items()}

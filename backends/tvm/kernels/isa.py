@@ -12,7 +12,7 @@ import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.targets import Target
+from t3c_compile.backends.targets import Target, require_lowerable
 from t3c_compile.backends.tvm.kernels.emit import Index, int32
 
 QUAD = 4  # int8 values a word
@@ -110,5 +110,6 @@ _ISAS = {
 
 
 def isa_for(target: Target) -> Isa:
-    """The instruction set of ``target``."""
+    """The instruction set of ``target``. Raises :class:`UnsupportedTargetError` where that is no CPU."""
+    require_lowerable(target)
     return _ISAS[target.simd]
