@@ -134,11 +134,8 @@ def read_targets(path: str | os.PathLike[str]) -> dict[str, Target]:
             if values["host"] is None or values["host"].kind != "cpu":
                 raise refuse(name, f"host: {table['host']!r} is no target of kind cpu")
         found[name] = Target(name, **values)
-        if (
-            shipped
-            and not (table.get("zig_triple") or machine(found[name]) == platform.machine())
-            and "host" not in table
-        ):
+        links = "zig_triple" in table or machine(found[name]) == platform.machine()
+        if shipped and table["kind"] == "cpu" and not links:
             raise refuse(
                 name, f"zig_triple: is missing, and the compiler of this {platform.machine()} links for itself"
             )
