@@ -138,6 +138,7 @@ def _write(
             library.path.rename(folder / name)
             manifest["inputs"] = _described(library.inputs)
             manifest["targets"][target.name] = {
+                "kind": target.kind,
                 "machine": machine(target),
                 "features": list(target.features),
                 "library": name,
@@ -193,12 +194,12 @@ def export_profiles(
 
 
 def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...]) -> None:
-    """Replace the estimated latencies of targets that run here by measured ones."""
+    """Measure targets that run here: latencies, and energies where there is a meter, take the place of estimates."""
     one = [bool(entry["shape"]) and entry["shape"][0] == "batch" for entry in manifest["inputs"]]
     inputs = [(x[:1] if first else x).numpy() for x, first in zip(example_inputs, one, strict=True)]
     batch = "batch 1" if all(one) else "the example inputs"
     for name, entry in manifest["targets"].items():
         if refusal(entry) is not None:
             continue
-        for cost, found in zip(entry["costs"], measure(folder, name, inputs), strict=True):
+        for cost, found in zip(entry["costs"], measure(folder, name, entry["kind"], inputs), strict=True):
             cost |= {**found, "source": f"measured on the build machine, {batch}, {CALLS} calls"}

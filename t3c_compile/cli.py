@@ -361,6 +361,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             row = {"target": target, "profile": profile["name"], **summarize_options(profile["options"])}
             row |= {"size_kb": profile["size_bytes"] / 1e3, "latency_ms": cost["latency_ms"]}
             row |= {"latency_source": cost["source"].partition(":")[0].partition(" ")[0]}
+            row |= {"energy_mj": cost["energy_mj"], "energy_source": cost.get("energy_source", "").partition(":")[0]}
             row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
             rows.append(row | {"certificate": profile["certificate"]["bound"]} | conformal)
     show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)

@@ -1,4 +1,4 @@
-"""Latency of an artifact's profiles, measured in a process of its own.
+"""Latency and energy of an artifact's profiles, measured in a process of its own.
 
 Beside the threads of torch and of the compiler, which spin while they wait, a call takes several times as long.
 """
@@ -13,13 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from t3c_compile.energy import MODELLED, EnergyUnavailableError, Meter, open_meter
 from t3c_compile.runtime import Session, load
 
 WARM_UP, CALLS = 5, 50
+_ENERGY_SECONDS = 0.5  # meters count in milliseconds and millijoules
 
 
-def measure(artifact: Path, target: str, inputs: list[np.ndarray[Any, Any]]) -> list[dict[str, float]]:
+def measure(artifact: Path, target: str, kind: str, inputs: list[np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
     """``latency_ms`` (median) and ``latency_p90_ms`` of every profile on ``inputs``, in their order.
+
+    Where this machine has a meter for a target of ``kind``, ``energy_mj`` of a call too; ``energy_source`` names it, or
+    says why there is none.
 
     Raises:
         RuntimeError: the process that measures failed; the message is what it wrote.
@@ -27,11 +32,11 @@ def measure(artifact: Path, target: str, inputs: list[np.ndarray[Any, Any]]) -> 
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "inputs.npz"
         np.savez(given, *inputs)
-        command = [sys.executable, "-m", "t3c_compile.measuring", str(artifact), target, str(given)]
+        command = [sys.executable, "-m", "t3c_compile.measuring", str(artifact), target, kind, str(given)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring {artifact} for {target} failed: {done.stderr.strip()}")
-    found: list[dict[str, float]] = json.loads(done.stdout)
+    found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
 
 
@@ -41,11 +46,26 @@ def _milliseconds(session: Session, inputs: list[np.ndarray[Any, Any]]) -> float
     return 1e3 * (time.perf_counter() - start)
 
 
-def _main(artifact: str, target: str, given: str) -> None:
+def _energy(session: Session, inputs: list[np.ndarray[Any, Any]], meter: Meter) -> dict[str, Any]:
+    calls, end = 0, time.perf_counter() + _ENERGY_SECONDS
+    meter.start()
+    while time.perf_counter() < end:
+        session.run(*inputs)
+        calls += 1
+    energy = 1e3 * meter.stop() / calls
+    return {"energy_mj": energy, "energy_source": f"measured: {meter.source}, idle power included"}
+
+
+def _main(artifact: str, target: str, kind: str, given: str) -> None:
     session = load(artifact, target)
     with np.load(given) as arrays:
         inputs = [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
-    found = []
+    meter: Meter | None = None
+    try:
+        meter, why = open_meter(kind), ""
+    except EnergyUnavailableError as error:
+        why = str(error)
+    found: list[dict[str, Any]] = []
     for profile in session.profiles:
         session.set_profile(profile.name)
         times = [_milliseconds(session, inputs) for _ in range(WARM_UP + CALLS)][WARM_UP:]
@@ -53,6 +73,7 @@ def _main(artifact: str, target: str, given: str) -> None:
             {
                 "latency_ms": round(float(np.median(times)), 5),
                 "latency_p90_ms": round(float(np.percentile(times, 90)), 5),
+                **(_energy(session, inputs, meter) if meter else {"energy_source": f"{MODELLED}; {why}"}),
             }
         )
     print(json.dumps(found))

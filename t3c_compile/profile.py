@@ -22,7 +22,7 @@ class Profile:
         quality: on calibration data: ``kl`` (nats, full against this profile), ``agreement`` (top-1 share),
             ``drift`` (mean logit 2-norm), and ``accuracy`` where labels were given.
         certificate: ``bound`` (logit 2-norm), by ``layers``, with the ``statement`` in words.
-        costs: by target: ``latency_ms``, ``energy_mj`` and ``source``.
+        costs: by target: ``latency_ms``, ``energy_mj``, and the ``source`` of each (``energy_source``).
     """
 
     name: str

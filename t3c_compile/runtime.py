@@ -38,7 +38,8 @@ class InputError(T3CError):
 class ProfileInfo:
     """One profile of a loaded artifact, on the loaded target.
 
-    ``latency_ms`` is the 90th percentile a call where it was measured, else an estimate; ``latency_source`` says which.
+    ``latency_ms`` is the 90th percentile a call where it was measured, else an estimate; ``latency_source`` says which,
+    and ``energy_source`` of ``energy_mj``.
     ``options`` is by layer: form, rank and bits. ``certificate`` holds ``bound`` (logit 2-norm) and its statement.
     ``drift_bound`` is the conformal bound of the drift in 2-norm, None where the target is not certified.
     """
@@ -53,6 +54,7 @@ class ProfileInfo:
     quality: Mapping[str, float]
     certificate: Mapping[str, Any]
     drift_bound: float | None = None
+    energy_source: str = ""
 
     def fits(self, budget: Budget) -> bool:
         """Whether every limit of cost that ``budget`` names holds, latency with its margin."""
@@ -271,6 +273,7 @@ def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
             options=profile["options"],
             quality=profile["quality"],
             certificate=profile["certificate"],
+            energy_source=cost.get("energy_source", ""),
             drift_bound=bound["drift"]["l2"] if bound else None,
         )
         for index, (profile, cost, bound) in enumerate(zip(manifest["profiles"], costs, bounds, strict=True))

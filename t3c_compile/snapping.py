@@ -13,6 +13,7 @@ from t3c_compile.backends.targets import OWN_TARGETS, Target
 from t3c_compile.certificate import SpectralProxy, observed_drift
 from t3c_compile.chain import Grid, chains
 from t3c_compile.cost import Cost, kept_bytes, option_costs, profile_cost
+from t3c_compile.energy import MODELLED
 from t3c_compile.groups import Groups, group_top, layer_groups, member_levels
 from t3c_compile.memory import activation_bytes, fits, require_fit
 from t3c_compile.passes.elastic import elastic_layers
@@ -282,6 +283,7 @@ def _measure(
             "latency_ms": cost.latency_ms,
             "energy_mj": cost.energy_mj,
             "source": target.cost_source,
+            "energy_source": MODELLED,
         }
     certificate = {"kind": "spectral", "bound": sum(bounds.values()), "layers": bounds, "statement": _STATEMENT}
     return Profile("", options, activations, round(size), quality, certificate, costs)

@@ -27,7 +27,8 @@ from t3c_compile import ArtifactError, Budget, BudgetError, InputError, snapping
 from t3c_compile import artifact as artifact_module
 from t3c_compile.artifact import lower
 from t3c_compile.backends.targets import get_target
-from t3c_compile.manifest import MANIFEST, STORE, sha256
+from t3c_compile.energy import MODELLED, EnergyUnavailableError, open_meter
+from t3c_compile.manifest import MANIFEST, STORE, read_manifest, sha256
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
@@ -93,6 +94,23 @@ def test_arm64_agrees_with_torch(built: Built, arm64: Any, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for index, found in enumerate(np.load(tmp_path / "y.npy")):
         _close(found, built.reference(index))
+
+
+def test_energy_is_measured_or_says_why_not(built: Built) -> None:
+    """On this machine as it is; a target that does not run here keeps the model's estimate."""
+    estimated = [profile.costs["x86_64"] for profile in built.profiles.profiles]
+    costs = {name: entry["costs"] for name, entry in read_manifest(built.path)["targets"].items()}
+    assert {cost["energy_source"] for cost in costs["arm64"]} == {MODELLED}
+    try:
+        source = f"measured: {open_meter('cpu').source}, idle power included"
+    except EnergyUnavailableError as error:
+        source = f"{MODELLED}; {error}"
+        assert "RAPL: /sys/class/powercap" in source
+        assert "INA3221: /sys/bus/i2c/drivers/ina3221 has no rail" in source
+        assert [cost["energy_mj"] for cost in costs["x86_64"]] == [cost["energy_mj"] for cost in estimated]
+    assert {cost["energy_source"] for cost in costs["x86_64"]} == {source}
+    session = t3c_compile.load(built.path)
+    assert {profile.energy_source for profile in session.profiles} == {source}
 
 
 def test_the_store_holds_each_weight_once(built: Built) -> None:
