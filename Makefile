@@ -2,6 +2,7 @@
 # make test     install everything and run the tests
 # make fuzz     3000 random graphs
 # make check    lint, formatting, types
+# make runner   the runner without Python, for this machine and for arm64, in build/runner
 # make help     all targets
 
 PYTHON ?= python3
@@ -12,10 +13,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 PACKAGE := --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check arm64-root clean
+.PHONY: help demo test fuzz check arm64-root runner clean
 
 help:
-	@echo "make demo | test | fuzz | check | arm64-root | clean     (PYTHON=$(PYTHON) makes .venv)"
+	@echo "make demo | test | fuzz | check | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
 
 demo: .venv/installed
 	@$(BIN)/python scripts/arm64_root.py || echo "arm64 is left out of the demo: see the line above"
@@ -40,6 +41,13 @@ check: .venv/installed-dev
 
 arm64-root: .venv/installed
 	$(BIN)/python scripts/arm64_root.py
+
+# Against the runtime libraries of TVM's wheels: this machine's, and those of the arm64 system.
+runner: .venv/installed
+	$(MAKE) -C runner OUT=$(CURDIR)/build/runner/host SITE=$$($(BIN)/python -c 'import tvm_ffi; print(*tvm_ffi.__path__)')/..
+	$(BIN)/python scripts/arm64_root.py
+	$(MAKE) -C runner OUT=$(CURDIR)/build/runner/arm64 SITE=$(CURDIR)/build/arm64-root/site \
+		CXX='$(CURDIR)/$(BIN)/python -m ziglang c++ -target aarch64-linux-gnu.2.28'
 
 # A stamp file for each: nothing is installed again until the project's metadata or the pins change.
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/pip

@@ -30,8 +30,8 @@ bool is_too_deep(const std::string& text) {
 
 }  // namespace
 
-Json::Json(std::string file, std::string place, ffi::Any value)
-    : file_(std::move(file)), place_(std::move(place)), value_(std::move(value)) {}
+Json::Json(std::string file, std::string place, const ffi::Any& value)
+    : file_(std::move(file)), place_(std::move(place)), value_(std::make_shared<const ffi::Any>(value)) {}
 
 Json Json::parse(const std::string& file, const std::string& text) {
   if (is_too_deep(text)) throw Error(T3C_BAD_ARTIFACT, file + " is damaged: it is nested too deeply");
@@ -50,7 +50,7 @@ void Json::wrong_type() const { fail(place_ + " is missing or of the wrong type"
 std::string Json::below(const std::string& key) const { return place_.empty() ? key : place_ + "/" + key; }
 
 std::optional<Json> Json::find(const std::string& key) const {
-  auto object = value_.as<Object>();
+  auto object = value_->as<Object>();
   if (!object) wrong_type();
   auto found = object->find(ffi::String(key));
   if (found == object->end()) return std::nullopt;
@@ -63,7 +63,7 @@ Json Json::at(const std::string& key) const {
 }
 
 std::vector<std::pair<std::string, Json>> Json::items() const {
-  auto object = value_.as<Object>();
+  auto object = value_->as<Object>();
   if (!object) wrong_type();
   std::vector<std::pair<std::string, Json>> found;
   for (const auto& [key, value] : *object) {
@@ -74,27 +74,27 @@ std::vector<std::pair<std::string, Json>> Json::items() const {
 }
 
 std::vector<Json> Json::list() const {
-  auto array = value_.as<ffi::Array<ffi::Any>>();
+  auto array = value_->as<ffi::Array<ffi::Any>>();
   if (!array) wrong_type();
   std::vector<Json> found;
   for (const ffi::Any& value : *array) found.push_back(Json(file_, below(std::to_string(found.size())), value));
   return found;
 }
 
-bool Json::is_integer() const { return value_.type_index() == ffi::TypeIndex::kTVMFFIInt; }
+bool Json::is_integer() const { return value_->type_index() == ffi::TypeIndex::kTVMFFIInt; }
 
 int64_t Json::integer() const {
   if (!is_integer()) wrong_type();
-  return value_.cast<int64_t>();
+  return value_->cast<int64_t>();
 }
 
 double Json::number() const {
-  if (!is_integer() && value_.type_index() != ffi::TypeIndex::kTVMFFIFloat) wrong_type();
-  return value_.cast<double>();
+  if (!is_integer() && value_->type_index() != ffi::TypeIndex::kTVMFFIFloat) wrong_type();
+  return value_->cast<double>();
 }
 
 std::string Json::text() const {
-  auto text = value_.as<ffi::String>();
+  auto text = value_->as<ffi::String>();
   if (!text) wrong_type();
   return *text;
 }

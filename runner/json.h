@@ -1,12 +1,16 @@
 // A JSON document, read with checks: what is not as expected is an Error that names the file and the place.
 #pragma once
 
-#include <tvm/ffi/any.h>
-
+#include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
+
+namespace tvm::ffi {
+class Any;
+}
 
 namespace t3c {
 
@@ -28,12 +32,12 @@ class Json {
   [[noreturn]] void fail(const std::string& what) const;
 
  private:
-  Json(std::string file, std::string place, tvm::ffi::Any value);
+  Json(std::string file, std::string place, const tvm::ffi::Any& value);
   std::string below(const std::string& key) const;
   [[noreturn]] void wrong_type() const;
 
   std::string file_, place_;
-  tvm::ffi::Any value_;
+  std::shared_ptr<const tvm::ffi::Any> value_;
 };
 
 }  // namespace t3c

@@ -5,8 +5,8 @@
 #include <iterator>
 #include <string_view>
 
-#include "dtype.h"
 #include "error.h"
+#include "tensor.h"
 
 namespace t3c {
 namespace {

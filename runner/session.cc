@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstdio>
-#include <limits>
 #include <map>
 #include <set>
 
@@ -88,6 +87,12 @@ Target pick(const std::string& folder, std::vector<Target>& targets, const char*
   throw Error(T3C_BAD_ARTIFACT, "no target of " + folder + " runs here: " + refusals);
 }
 
+std::vector<std::string> functions(const Target& target) {
+  std::vector<std::string> names;
+  for (const Profile& profile : target.profiles) names.push_back(profile.function);
+  return names;
+}
+
 template <typename Sizes, typename Show>
 std::string shape_text(const Sizes& sizes, Show show) {
   std::string text;
@@ -128,36 +133,19 @@ Session::Session(const std::string& folder, Manifest manifest, const char* targe
       target_(pick(folder, manifest.targets, target)),
       active_(target_.profiles.size() - 1),
       store_(folder + "/" + kStore),
-      memory_(std::numeric_limits<size_t>::max(), {}) {
-  std::string library = folder + "/" + target_.library;
-  try {
-    load(library);
-  } catch (const tvm::ffi::Error& error) {
-    // Whatever TVM says, library and manifest do not belong together.
-    throw Error(T3C_BAD_ARTIFACT, library + " cannot be loaded: " + error.message());
-  }
-}
-
-void Session::load(const std::string& library) {
+      memory_(active_, {}) {
+  std::vector<std::vector<Tensor>> stored;
   for (const Pack& pack : target_.packs) {
-    for (const std::string& name : pack.tensors) {
-      if (!store_.find(name)) throw Error(T3C_BAD_ARTIFACT, std::string(kStore) + " lacks " + name);
-    }
+    stored.emplace_back();
+    for (const std::string& name : pack.tensors) stored.back().push_back(store_.at(name));
   }
-  machine_ = std::make_unique<VirtualMachine>(library);
-  for (const Profile& profile : target_.profiles) functions_.push_back(machine_->function(profile.function));
+  // Everything was checked: here is the first code of the artifact.
+  machine_.emplace(folder + "/" + target_.library, functions(target_));
   // Packed once, for all profiles, and pages of the store are let go as that goes on.
-  tvm::ffi::Array<tvm::ffi::Any> packed;
-  for (const Pack& pack : target_.packs) {
-    std::vector<tvm::ffi::Any> raw;
-    for (const std::string& name : pack.tensors) {
-      const StoredTensor& tensor = *store_.find(name);
-      raw.push_back(tensor_of(tensor.data, *tensor.dtype, tensor.shape));
-    }
-    for (const auto& tensor : tensors_of(call(machine_->function(pack.function), raw))) packed.push_back(tensor);
+  for (size_t i = 0; i < stored.size(); ++i) {
+    machine_->pack(target_.packs[i].function, stored[i]);
     store_.drop_pages();
   }
-  weights_ = packed;
 }
 
 void Session::set_profile(const std::string& name) {
@@ -172,17 +160,18 @@ void Session::set_profile(const std::string& name) {
   throw Error(T3C_BAD_INPUT, "there is no profile '" + name + "'; there are " + names);
 }
 
-void Session::check_inputs(const t3c_tensor* inputs, size_t count) const {
-  if (count != inputs_.size()) {
+void Session::check_inputs(const std::vector<Tensor>& inputs) const {
+  if (inputs.size() != inputs_.size()) {
     throw Error(T3C_BAD_INPUT,
-                std::to_string(count) + " inputs given, the model takes " + std::to_string(inputs_.size()));
+                std::to_string(inputs.size()) + " inputs given, the model takes " + std::to_string(inputs_.size()));
   }
   std::map<std::string, int64_t> free;
-  for (size_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
     const Input& want = inputs_[i];
-    std::vector<int64_t> shape(inputs[i].shape, inputs[i].shape + inputs[i].rank);
-    if (inputs[i].dtype != want.dtype) {
-      throw Error(T3C_BAD_INPUT, "input '" + want.name + "' is " + inputs[i].dtype + ", the model takes " + want.dtype);
+    const std::vector<int64_t>& shape = inputs[i].shape;
+    if (inputs[i].dtype->name != want.dtype) {
+      throw Error(T3C_BAD_INPUT,
+                  "input '" + want.name + "' is " + inputs[i].dtype->name + ", the model takes " + want.dtype);
     }
     bool same = shape.size() == want.shape.size();
     for (size_t j = 0; same && j < shape.size(); ++j) {
@@ -191,43 +180,25 @@ void Session::check_inputs(const t3c_tensor* inputs, size_t count) const {
       same = shape[j] == expected && shape[j] > 0;
     }
     if (!same) {
-      throw Error(T3C_BAD_INPUT,
-                  "input '" + want.name + "' has shape " +
-                      shape_text(shape, [](int64_t size) { return std::to_string(size); }) + ", the model takes " +
-                      shape_text(want.shape, [](const Size& size) {
-                        return size.fixed == -1 ? "'" + size.symbol + "'" : std::to_string(size.fixed);
-                      }));
+      std::string found = shape_text(shape, [](int64_t size) { return std::to_string(size); });
+      std::string wanted = shape_text(want.shape, [](const Size& size) {
+        return size.fixed == -1 ? "'" + size.symbol + "'" : std::to_string(size.fixed);
+      });
+      throw Error(T3C_BAD_INPUT, "input '" + want.name + "' has shape " + found + ", the model takes " + wanted);
     }
   }
 }
 
-const std::vector<t3c_tensor>& Session::run(const t3c_tensor* inputs, size_t count) {
-  check_inputs(inputs, count);
-  std::vector<std::vector<int64_t>> shapes;
-  std::vector<tvm::ffi::Any> arguments;
-  for (size_t i = 0; i < count; ++i) {
-    shapes.emplace_back(inputs[i].shape, inputs[i].shape + inputs[i].rank);
-    const Dtype* dtype = find_dtype(inputs[i].dtype);
-    if (!dtype) throw Error(T3C_BAD_INPUT, "input '" + inputs_[i].name + "': this runner knows no " + inputs[i].dtype);
-    arguments.push_back(tensor_of(inputs[i].data, *dtype, shapes.back()));
-  }
-  arguments.push_back(weights_);
-  outputs_.clear();
-  results_.clear();
-  std::pair memory{active_, std::move(shapes)};
+const std::vector<Tensor>& Session::run(const std::vector<Tensor>& inputs) {
+  check_inputs(inputs);
+  std::pair<size_t, std::vector<std::vector<int64_t>>> memory{active_, {}};
+  for (const Tensor& input : inputs) memory.second.push_back(input.shape);
   if (memory != memory_) {
     // What calls of another profile or other sizes have left is of no use to this one.
-    VirtualMachine::release_memory();
+    machine_->release_memory();
     memory_ = std::move(memory);
   }
-  results_ = tensors_of(call(functions_[active_], arguments));
-  for (const tvm::ffi::Tensor& result : results_) {
-    const Dtype* dtype = find_dtype(result.dtype().code, result.dtype().bits);
-    if (!dtype) throw Error(T3C_BAD_ARTIFACT, "an output is of a type this runner does not know");
-    outputs_.push_back({dtype->name, static_cast<size_t>(result.ndim()), result.shape().data(),
-                        static_cast<const char*>(result.data_ptr()) + result.byte_offset()});
-  }
-  return outputs_;
+  return machine_->run(active_, inputs);
 }
 
 }  // namespace t3c

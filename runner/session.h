@@ -1,7 +1,7 @@
 // A loaded artifact: which profile a budget gets, and running it.
 #pragma once
 
-#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -9,6 +9,7 @@
 #include "manifest.h"
 #include "store.h"
 #include "t3c.h"
+#include "tensor.h"
 #include "virtual_machine.h"
 
 namespace t3c {
@@ -28,24 +29,19 @@ class Session {
   void set_profile(const std::string& name);
   void set_budget(const t3c_budget& budget) { active_ = choose(target_.profiles, budget); }
 
-  // Runs the active profile. What it returns lives until the next call.
-  const std::vector<t3c_tensor>& run(const t3c_tensor* inputs, size_t count);
+  // Runs the active profile on what the model takes, else Error. What it returns lives until the next call.
+  const std::vector<Tensor>& run(const std::vector<Tensor>& inputs);
 
  private:
   Session(const std::string& folder, Manifest manifest, const char* target);
-  void load(const std::string& library);
-  void check_inputs(const t3c_tensor* inputs, size_t count) const;
+  void check_inputs(const std::vector<Tensor>& inputs) const;
 
   std::vector<Input> inputs_;
   Target target_;
   size_t active_;
+  // Before the machine: packed weights may be views of it.
   Store store_;
-  // First the machine, so that what it made is gone before it.
-  std::unique_ptr<VirtualMachine> machine_;
-  std::vector<tvm::ffi::Function> functions_;
-  tvm::ffi::Any weights_;
-  std::vector<tvm::ffi::Tensor> results_;
-  std::vector<t3c_tensor> outputs_;
+  std::optional<VirtualMachine> machine_;
   // The profile and sizes of inputs that the memory kept is of.
   std::pair<size_t, std::vector<std::vector<int64_t>>> memory_;
 };

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstring>
 #include <optional>
 
@@ -25,7 +26,7 @@ std::optional<uint64_t> bytes_of(const std::vector<int64_t>& shape, const Dtype&
 
 }  // namespace
 
-Store::Store(const std::string& path) {
+Store::Store(const std::string& path) : path_(path) {
   int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   struct stat found {};
   bool opened = file >= 0 && fstat(file, &found) == 0;
@@ -35,7 +36,7 @@ Store::Store(const std::string& path) {
   if (mapped == MAP_FAILED) throw Error(T3C_BAD_ARTIFACT, path + " cannot be mapped: " + std::strerror(errno));
   mapped_ = static_cast<char*>(mapped);
   try {
-    read_header(path);
+    read_header();
   } catch (...) {
     munmap(mapped_, bytes_);
     throw;
@@ -45,17 +46,17 @@ Store::Store(const std::string& path) {
 Store::~Store() { munmap(mapped_, bytes_); }
 
 // The length of the header (little-endian, as all machines that artifacts are for), the header, the tensors.
-void Store::read_header(const std::string& path) {
+void Store::read_header() {
   uint64_t length = 0;
   if (bytes_ >= sizeof length) std::memcpy(&length, mapped_, sizeof length);
   if (bytes_ < sizeof length || length > bytes_ - sizeof length) {
-    throw Error(T3C_BAD_ARTIFACT, path + " is damaged: it ends within its header");
+    throw Error(T3C_BAD_ARTIFACT, path_ + " is damaged: it ends within its header");
   }
   const char* data = mapped_ + sizeof length + length;
   uint64_t room = bytes_ - sizeof length - length;
-  for (const auto& [name, entry] : Json::parse(path, std::string(mapped_ + sizeof length, length)).items()) {
+  for (const auto& [name, entry] : Json::parse(path_, std::string(mapped_ + sizeof length, length)).items()) {
     if (name == "__metadata__") continue;
-    StoredTensor tensor{find_dtype(entry.at("dtype").text(), &Dtype::safetensors), {}, nullptr};
+    Tensor tensor{find_dtype(entry.at("dtype").text(), &Dtype::safetensors), {}, nullptr};
     if (!tensor.dtype) entry.fail("tensor " + name + " is of an unknown type");
     for (const Json& size : entry.at("shape").list()) tensor.shape.push_back(size.integer());
     std::vector<Json> offsets = entry.at("data_offsets").list();
@@ -71,9 +72,10 @@ void Store::read_header(const std::string& path) {
   }
 }
 
-const StoredTensor* Store::find(const std::string& name) const {
+const Tensor& Store::at(const std::string& name) const {
   auto found = tensors_.find(name);
-  return found == tensors_.end() ? nullptr : &found->second;
+  if (found == tensors_.end()) throw Error(T3C_BAD_ARTIFACT, path_ + " lacks tensors: " + name);
+  return found->second;
 }
 
 void Store::drop_pages() const { madvise(mapped_, bytes_, MADV_DONTNEED); }

@@ -1,20 +1,13 @@
 // The weight store: a safetensors file, mapped rather than read (https://huggingface.co/docs/safetensors).
 #pragma once
 
-#include <cstdint>
+#include <cstddef>
 #include <map>
 #include <string>
-#include <vector>
 
-#include "dtype.h"
+#include "tensor.h"
 
 namespace t3c {
-
-struct StoredTensor {
-  const Dtype* dtype;
-  std::vector<int64_t> shape;
-  const void* data;
-};
 
 class Store {
  public:
@@ -23,16 +16,18 @@ class Store {
   ~Store();
   Store(const Store&) = delete;
 
-  const StoredTensor* find(const std::string& name) const;
+  // An Error where there is none of that name.
+  const Tensor& at(const std::string& name) const;
   // Give back the memory that reading took; what is read again comes from the file again.
   void drop_pages() const;
 
  private:
-  void read_header(const std::string& path);
+  void read_header();
 
+  std::string path_;
   char* mapped_;
   size_t bytes_;
-  std::map<std::string, StoredTensor> tensors_;
+  std::map<std::string, Tensor> tensors_;
 };
 
 }  // namespace t3c

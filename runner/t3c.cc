@@ -34,6 +34,7 @@ struct t3c_session {
   std::vector<t3c_input> inputs;
   std::vector<std::vector<int64_t>> shapes;
   std::vector<std::vector<const char*>> symbols;
+  std::vector<t3c_tensor> outputs;
 };
 
 namespace {
@@ -54,6 +55,16 @@ class PlainNumbers {
   locale_t plain_, before_;
 };
 
+std::vector<t3c::Tensor> tensors(const t3c_tensor* given, size_t count) {
+  std::vector<t3c::Tensor> found;
+  for (const t3c_tensor* tensor = given; tensor != given + count; ++tensor) {
+    const t3c::Dtype* dtype = t3c::find_dtype(tensor->dtype);
+    if (!dtype) throw t3c::Error(T3C_BAD_INPUT, std::string("this runner knows no values of type ") + tensor->dtype);
+    found.push_back({dtype, {tensor->shape, tensor->shape + tensor->rank}, tensor->data});
+  }
+  return found;
+}
+
 template <typename Work>
 t3c_status guarded(Work work) {
   try {
@@ -63,8 +74,6 @@ t3c_status guarded(Work work) {
   } catch (const t3c::Error& error) {
     last_error = error.what();
     return error.status;
-  } catch (const tvm::ffi::Error& error) {
-    last_error = "the artifact's library failed: " + error.message();
   } catch (const std::bad_alloc&) {
     last_error = "there is not enough memory";
   } catch (const std::exception& error) {
@@ -111,8 +120,11 @@ t3c_status t3c_run(t3c_session* session, const t3c_tensor* inputs, size_t input_
   *outputs = nullptr;
   *output_count = 0;
   return guarded([&] {
-    const std::vector<t3c_tensor>& found = session->session.run(inputs, input_count);
-    *outputs = found.data();
-    *output_count = found.size();
+    session->outputs.clear();
+    for (const t3c::Tensor& output : session->session.run(tensors(inputs, input_count))) {
+      session->outputs.push_back({output.dtype->name, output.shape.size(), output.shape.data(), output.data});
+    }
+    *outputs = session->outputs.data();
+    *output_count = session->outputs.size();
   });
 }

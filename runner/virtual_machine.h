@@ -2,44 +2,34 @@
 // the one TVM was built with.
 #pragma once
 
-#include <tvm/ffi/any.h>
-#include <tvm/ffi/container/array.h>
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/function.h>
-
-#include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "dtype.h"
+#include "tensor.h"
 
 namespace t3c {
 
+// What TVM says is wrong becomes an Error.
 class VirtualMachine {
  public:
-  // Loads the code of `library`. Memory of a call is kept for the next one until release_memory; fresh pages would cost
-  // a fifth of a call.
-  explicit VirtualMachine(const std::string& library);
+  // Loads the code of `library`, whose `functions` run a profile each.
+  VirtualMachine(const std::string& library, const std::vector<std::string>& functions);
   ~VirtualMachine();
   VirtualMachine(const VirtualMachine&) = delete;
 
-  // A function of the library; an Error where it has none of that name.
-  tvm::ffi::Function function(const std::string& name) const;
+  // Has a function of the library pack tensors of the store, and adds what it makes to the weights of all profiles. Some
+  // may be tensors of the store as they are.
+  void pack(const std::string& function, const std::vector<Tensor>& stored);
 
-  static void release_memory();
+  // Runs a function on inputs and the weights. What it returns lives until the next run. Memory of a run is kept for
+  // the next one until release_memory; fresh pages would cost a fifth of a call.
+  const std::vector<Tensor>& run(size_t function, const std::vector<Tensor>& inputs);
+  void release_memory();
 
  private:
-  tvm::ffi::Any executable_, machine_;
+  struct State;
+  std::unique_ptr<State> state_;
 };
-
-// Row-major values as an argument: themselves where they begin at a multiple of 64 bytes, which compiled code assumes,
-// else a copy. They must outlive it.
-tvm::ffi::Tensor tensor_of(const void* data, const Dtype& dtype, std::vector<int64_t> shape);
-
-// The tensors of a result, in order: one, or those of nested tuples.
-std::vector<tvm::ffi::Tensor> tensors_of(const tvm::ffi::Any& result);
-
-// Calls `function` with any number of arguments.
-tvm::ffi::Any call(const tvm::ffi::Function& function, const std::vector<tvm::ffi::Any>& arguments);
 
 }  // namespace t3c

@@ -1,9 +1,10 @@
-// The element types an artifact may hold, under the names of all formats that meet here.
+// Tensors, and the element types an artifact may hold under the names of all formats that meet here.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 namespace t3c {
 
@@ -35,5 +36,12 @@ inline const Dtype* find_dtype(uint8_t code, size_t bits) {
   }
   return nullptr;
 }
+
+// Row-major values that belong to another.
+struct Tensor {
+  const Dtype* dtype;
+  std::vector<int64_t> shape;
+  const void* data;
+};
 
 }  // namespace t3c
