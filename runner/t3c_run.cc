@@ -90,7 +90,9 @@ Options parse(int count, char** words) {
     } else if (name == "output") {
       options.outputs.push_back(optarg);
     } else {
-      options.repeat = std::lround(positive("repeat", optarg));
+      double calls = positive("repeat", optarg);
+      if (calls != std::floor(calls) || calls > 1e9) usage("--repeat takes a whole number");
+      options.repeat = std::lround(calls);
     }
   }
   if (optind + 1 != count) usage("name one artifact");

@@ -138,9 +138,9 @@ def _check_switching(
     emulator: list[str] | None,
 ) -> None:
     """Every profile up and down the set in one session, by a program in C."""
-    program = runner / "runner_switch"
-    source = [str(REPO / "tests/runner_switch.c"), "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    link = [f"-I{runner}", str(runner / "libt3c.so"), "-Wl,-rpath,$ORIGIN"]
+    program = folder / "runner_switch"
+    source = [str(REPO / "tests/runner_switch.c"), "-std=c11", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    link = [f"-I{runner}", str(runner / "libt3c.so"), f"-Wl,-rpath,{runner}", "-s"]
     subprocess.run([*compiler, *source, "-o", str(program), *link], check=True)
     order = [*built.names, *reversed(built.names)]
     raw = [file.with_suffix(".raw") for file in built.files]
@@ -369,6 +369,7 @@ def test_wrong_inputs_and_usage_are_named(built: Built, host: Path, tmp_path: Pa
         ((*built.files, "--target", "arm64"), 4, "arm64: it is for aarch64, this is x86_64"),
         ((*built.files, "--output", tmp_path / "y.npy"), 1, "1 outputs named, the model has 2"),
         ((*built.files, "--latency-ms", 0), 2, "--latency-ms 0 is not a positive number"),
+        ((*built.files, "--repeat", 0.5), 2, "--repeat takes a whole number"),
         ((*built.files, "--nonsense"), 2, "--nonsense is unknown"),
         ((), 2, "either --list or inputs"),
     ):
@@ -385,3 +386,28 @@ def test_repeated_calls_are_timed(built: Built, host: Path) -> None:
     p50, p90 = rest.removesuffix(" ms\n").split(" ms, p90 ")
     assert name == built.names[-1]
     assert 0 < float(p50) <= float(p90)
+
+
+def test_mutated_bytes_give_a_clear_error_or_run(built: Built, host: Path, tmp_path: Path) -> None:
+    """Bytes of the manifest, and of the store's header under its right hash, replaced: an exit code, never a signal."""
+    path = built.copy(tmp_path)
+    manifest, store = (path / MANIFEST).read_bytes(), (path / STORE).read_bytes()
+    header = 8 + int.from_bytes(store[:8], "little")
+    generator = np.random.default_rng(0)
+    refused = 0
+    for case in range(int(os.environ.get("T3C_FUZZ_CASES", 60))):
+        data, end = ((manifest, len(manifest)), (store, header))[case % 2]
+        changed = np.frombuffer(data, np.uint8).copy()
+        places = generator.integers(0, end, generator.integers(1, 4))
+        changed[places] = generator.choice(np.frombuffer(b'0179-{}[]",:e\\\x00\xffu', np.uint8), len(places))
+        (path / MANIFEST).write_bytes(manifest)
+        if case % 2:
+            _rewrite_store(path, changed.tobytes())
+        else:
+            (path / STORE).write_bytes(store)
+            (path / MANIFEST).write_bytes(changed.tobytes())
+        done = _run(host / "t3c-run", path, *_given(built))
+        assert done.returncode in (0, 1, 4), (case, places, done.stderr)
+        assert (done.returncode == 0) == (done.stderr == "")
+        refused += done.returncode == 4
+    assert refused > 0
