@@ -395,7 +395,7 @@ def test_mutated_bytes_give_a_clear_error_or_run(built: Built, host: Path, tmp_p
     header = 8 + int.from_bytes(store[:8], "little")
     generator = np.random.default_rng(0)
     refused = 0
-    for case in range(int(os.environ.get("T3C_FUZZ_CASES", 60))):
+    for case in range(int(os.environ.get("T3C_FUZZ_CASES", 30))):
         data, end = ((manifest, len(manifest)), (store, header))[case % 2]
         changed = np.frombuffer(data, np.uint8).copy()
         places = generator.integers(0, end, generator.integers(1, 4))
