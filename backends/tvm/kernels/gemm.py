@@ -38,6 +38,9 @@ from t3c_compile.backends.tvm.kernels.tile import Tile
 # store(row, column, valid lanes, int32 sums)
 Epilogue = Callable[[Index, Index, int, Expr], None]
 
+_LINE = 64  # bytes a cache line
+_NEAR_BYTES = 1 << 15  # a panel that fits beside the rows in the nearest cache needs no call ahead
+
 SPARE_ROWS = 16  # rows past the end that a tile may read
 
 
@@ -207,6 +210,15 @@ def _vectors(isa: Isa, rows: Index, columns: int) -> int:
     return min((4, 3, 2), key=cost)
 
 
+def _fetch(weights: Buffer, panel: tuple[Index, int], line: Index) -> None:
+    """Ask for one line of the next panel's weights. A tile of rows is done with a panel's words sooner than memory
+    brings the next ones; later tiles have them in cache, and leave memory idle."""
+    start, size = panel
+    total = static(weights.shape[0])
+    at = T.min(start + T.min(line * _LINE, size - _LINE), total - _LINE)
+    T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(weights[at]), *map(T.int32, (0, 2, 1))))
+
+
 def _panel(
     isa: Isa,
     p: Product,
@@ -233,6 +245,10 @@ def _panel(
         return block + tap * tap_bytes + k * (BLOCK * QUAD) + (lane % BLOCK) * QUAD
 
     sums = weight_sums(isa, weights, at, taps, quads, vectors, p.bits) if static(offset) != 0 else None
+    ahead = None
+    panel_bytes = vectors * lanes * QUAD * ceil_div(p.stored_inputs, QUAD) * taps
+    if panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
+        ahead = T.bind(base + (column // BLOCK) * (taps * tap_bytes) + panel_bytes), panel_bytes
     count = static(p.rows)
     last = count if count is not None and count <= chunk else T.min(first + chunk, p.rows)
 
@@ -248,6 +264,8 @@ def _panel(
                     )
             places = [T.bind(x.place(row + r) + group * p.inputs) for r in range(rows)]
             with x.taps() as (tap, shift), T.serial(0, quads) as k:
+                if ahead:
+                    _fetch(weights, ahead, (number * taps + tap) * quads + k)
                 words = [weight_words(isa, weights, at(v, tap, k), p.bits) for v in range(vectors)]
                 for place, line in zip(places, acc, strict=True):
                     value = T.bind(spread_word(isa, x.buffer, place + shift + k * QUAD))
