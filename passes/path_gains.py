@@ -61,7 +61,7 @@ def path_gains(model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]
     return gains
 
 
-class _Tap(Interpreter):
+class Tap(Interpreter):
     """Runs a graph and keeps the outputs of some nodes, as leaves the gradient reaches."""
 
     def __init__(self, gm: GraphModule, nodes: Iterable[Node]) -> None:
@@ -101,7 +101,7 @@ def measured_gains(gm: GraphModule, nodes: list[Node], calibration: Iterable[tup
     gains: dict[Node, float] = {}
     samples = samples_of(gm, calibration)
     for inputs in samples:
-        tap = _Tap(gm, nodes)
+        tap = Tap(gm, nodes)
         with torch.enable_grad():
             logits = first_tensor(tap.run(*inputs)).flatten()
         found = list(tap.outputs)

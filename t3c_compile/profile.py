@@ -21,7 +21,8 @@ class Profile:
         size_bytes: weights of this profile alone at its own widths.
         quality: on calibration data: ``kl`` (nats, full against this profile), ``agreement`` (top-1 share),
             ``drift`` (mean logit 2-norm), and ``accuracy`` where labels were given.
-        certificate: ``bound`` (logit 2-norm), by ``layers``, with the ``statement`` in words.
+        certificate: ``bound`` (logit 2-norm) that a ``share`` of inputs keeps, divided by ``layers``, with the
+            ``statement`` in words.
         costs: by target: ``latency_ms``, ``energy_mj``, and the ``source`` of each (``energy_source``).
     """
 

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from t3c_compile.backends.targets import OWN_TARGETS, Target
-from t3c_compile.certificate import SpectralProxy, observed_drift
+from t3c_compile.certificate import SpectralProxy, certified_drift, observed_drift
 from t3c_compile.chain import Grid, chains
 from t3c_compile.cost import Cost, kept_bytes, option_costs, profile_cost
 from t3c_compile.energy import MODELLED
@@ -28,10 +28,15 @@ from t3c_compile.transforming import observe
 Inputs = tuple[Any, ...]
 Levels = dict[str, int]
 
-_STATEMENT = (
-    "To first order, and with activations as on the calibration data, the 2-norm of the difference between this "
-    "profile's logits and the full model's is at most `bound`."
-)
+
+
+def _statement(count: int, share: float) -> str:
+    return (
+        f"With probability 0.95 over the draw of {count} calibration samples, at least {share:.4g} of inputs like them "
+        "have logits whose difference from the full model's has a 2-norm of at most `bound`, for this profile alone and "
+        "in torch. `layers` divides it in proportion to the layers' terms of the spectral sum, to first order."
+    )
+
 
 
 class OrderedPolicy(Protocol):
@@ -93,9 +98,7 @@ def snap(
             f"widths {', '.join(map(str, grid.bits))}) leaves every layer one option, and no profiles to choose from: "
             f"name a target with a finer grid or more widths, or describe one in a file named in {OWN_TARGETS}"
         )
-    # A layer whose factors never pay on this grid is deployed dense, and so it is measured dense.
-    dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
-    model = with_dense(model, dense) if dense else model
+    model = deployed_forms(model, targets)
     proxy = SpectralProxy(model, calibration)
     errors: dict[str, dict[Option, float]] = {}
     if controller is None:
@@ -136,7 +139,18 @@ def snap(
     model.train(training)
     for index, profile in enumerate(kept):
         profile.name = f"p{index}"
+    for high, low in pairwise(reversed(kept)):
+        # What two profiles' samples say may cross by chance; the greater bound holds for the lesser profile too.
+        _raise_bound(low.certificate, high.certificate["bound"])
     return ProfileSet(kept, order, notes)
+
+
+def deployed_forms(model: ElasticGraphModule, targets: Sequence[Target]) -> ElasticGraphModule:
+    """``model``, or a copy in which the layers whose factors never pay on the targets' grid are dense: as they are
+    deployed, so they are measured."""
+    ladder = chains(model, grid_of(targets))
+    dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
+    return with_dense(model, dense) if dense else model
 
 
 def _full_options(model: ElasticGraphModule, ladder: Mapping[str, tuple[Option, ...]]) -> dict[str, Option]:
@@ -240,7 +254,7 @@ def _logits(model: ElasticGraphModule, calibration: Sequence[Inputs]) -> list[Te
     return [first_tensor(model(*inputs)) for inputs in calibration]
 
 
-def _quality(full: list[Tensor], logits: list[Tensor], labels: Tensor | None) -> dict[str, float]:
+def quality(full: list[Tensor], logits: list[Tensor], labels: Tensor | None) -> dict[str, float]:
     """Means over predictions (a language model makes one per token); ``drift`` is per sample."""
     pairs = list(zip(full, logits, strict=True))
     chosen = torch.cat([batch.argmax(-1).flatten() for batch in logits])
@@ -249,14 +263,19 @@ def _quality(full: list[Tensor], logits: list[Tensor], labels: Tensor | None) ->
         F.kl_div(found.log_softmax(-1), batch.log_softmax(-1), reduction="sum", log_target=True)
         for batch, found in pairs
     ]
-    quality = {
+    found = {
         "kl": float(torch.stack(divergence).sum()) / len(chosen),
         "agreement": float(agreed.float().mean()),
-        "drift": float(torch.cat([observed_drift(batch, found) for batch, found in pairs]).mean()),
+        "drift": float(_drifts(full, logits).mean()),
     }
     if labels is not None:
-        quality["accuracy"] = float((chosen == labels.flatten()).float().mean())
-    return quality
+        found["accuracy"] = float((chosen == labels.flatten()).float().mean())
+    return found
+
+
+def _drifts(full: list[Tensor], logits: list[Tensor]) -> Tensor:
+    """Of all samples."""
+    return torch.cat([observed_drift(batch, found) for batch, found in zip(full, logits, strict=True)])
 
 
 def _measure(
@@ -272,8 +291,8 @@ def _measure(
     model.set_options(options)
     observe(model, calibration)
     activations = {name: layer.activations() for name, layer in elastic_layers(model)}
-    quality = _quality(full, _logits(model, calibration), labels)
-    bounds = proxy.certify(options, activations, errors)
+    logits = _logits(model, calibration)
+    drift = _drifts(full, logits)
     costs: dict[str, dict[str, Any]] = {}
     size = 0.0
     for target in targets:
@@ -285,8 +304,20 @@ def _measure(
             "source": target.cost_source,
             "energy_source": MODELLED,
         }
-    certificate = {"kind": "spectral", "bound": sum(bounds.values()), "layers": bounds, "statement": _STATEMENT}
-    return Profile("", options, activations, round(size), quality, certificate, costs)
+    bound, share = certified_drift(drift)
+    terms = proxy.certify(options, activations, errors)
+    scale = bound / (sum(terms.values()) or 1.0)
+    layers = {name: scale * term for name, term in terms.items()}
+    statement = _statement(len(drift), share)
+    certificate = {"kind": "spectral", "bound": bound, "layers": layers, "share": share, "statement": statement}
+    return Profile("", options, activations, round(size), quality(full, logits, labels), certificate, costs)
+
+
+def _raise_bound(certificate: dict[str, Any], least: float) -> None:
+    if certificate["bound"] < least:
+        scale = least / (certificate["bound"] or 1.0)
+        certificate["layers"] = {name: scale * term for name, term in certificate["layers"].items()}
+        certificate["bound"] = least
 
 
 def drop_dominated(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:

@@ -249,7 +249,7 @@ def test_a_norm_after_one_call_of_a_shared_layer_is_not_folded_into_all() -> Non
 
 
 def test_the_certificate_sums_the_calls_of_a_shared_layer() -> None:
-    """One term a call, and the bound holds for a model with tied, shared and looked-up weights."""
+    """One term a call, for a model with tied, shared and looked-up weights; of so few samples the greatest drift."""
     model, inputs = layer_net("tied")
     elastic = transform(model, inputs)
     proxy = SpectralProxy(elastic, [inputs])
@@ -264,7 +264,8 @@ def test_the_certificate_sums_the_calls_of_a_shared_layer() -> None:
     profiles = snap(elastic, [inputs], [ARM], count=3)
     for profile in profiles.profiles:
         graph = specialize(elastic, profile.options, profile.activations)
-        assert float(observed_drift(model(*inputs), graph(*inputs)).max()) <= profile.certificate["bound"]
+        greatest = float(observed_drift(model(*inputs), graph(*inputs)).max())
+        assert profile.certificate["bound"] == pytest.approx(greatest, rel=0.02)
 
 
 def test_layers_that_read_one_tensor_are_one_group() -> None:
