@@ -29,14 +29,12 @@ Inputs = tuple[Any, ...]
 Levels = dict[str, int]
 
 
-
 def _statement(count: int, share: float) -> str:
     return (
         f"With probability 0.95 over the draw of {count} calibration samples, at least {share:.4g} of inputs like them "
-        "have logits whose difference from the full model's has a 2-norm of at most `bound`, for this profile alone and "
-        "in torch. `layers` divides it in proportion to the layers' terms of the spectral sum, to first order."
+        "have logits whose difference from the full model's has a 2-norm of at most `bound`, for this profile alone "
+        "and in torch. `layers` divides it in proportion to the layers' terms of the spectral sum, to first order."
     )
-
 
 
 class OrderedPolicy(Protocol):
