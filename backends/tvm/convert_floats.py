@@ -114,8 +114,7 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> rela
         mask_shape = [*lead, *mask_shape[-2:]]
         mask = lower.emit(relax.op.reshape(mask, mask_shape))
     last = four and bool(lower.node.users) and all(_swaps_tokens(user) for user in lower.node.users)
-    read = [_heads(lower, node, shape) for node, shape in zip(nodes, shapes, strict=True)]
-    tensors, layouts = [x for x, _ in read], [layout for _, layout in read]
+    (q, q_layout), (k, k_layout), (v, v_layout) = (_heads(lower, *pair) for pair in zip(nodes, shapes, strict=True))
     written = plain(dims([batch])[0], heads, dims([count])[0], value_width, last)
     spec = AttentionSpec(
         dims([batch])[0],
@@ -125,7 +124,7 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> rela
         dims([keys])[0],
         width,
         value_width,
-        (*layouts, written),
+        (q_layout, k_layout, v_layout, written),
         float(a["scale"] or width**-0.5),
         bool(a["is_causal"]),
         None if mask is None else str(mask.ty.dtype),
@@ -133,7 +132,7 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> rela
         integers,
     )
     shape = [batch, count, heads, value_width] if last else [batch, heads, count, value_width]
-    y = lower.call(attention(lower.isa, spec), [*tensors, mask], shape, "float32")
+    y = lower.call(attention(lower.isa, spec), [q, k, v, mask], shape, "float32")
     if last:
         lower.tokens_first[lower.node] = y
         return lower.emit(relax.op.permute_dims(y, _SWAP))
@@ -147,9 +146,9 @@ def _heads(lower: Lowering, node: fx.Node, shape: list[Any]) -> tuple[relax.Expr
     x = lower.value(view.base)
     known = dims(shape_of(x))
     if steps is not None and len(steps) == 4 and view.start.is_Integer and steps[3] in (0, 1):
-        sizes = [_factors(step, known) for step in steps[:3]]
-        if all(size is not None for size in sizes):
-            return x, Layout(known, *sizes, int(view.start))  # type: ignore[arg-type]
+        batch_step, head_step, token_step = (_factors(step, known) for step in steps[:3])
+        if batch_step is not None and head_step is not None and token_step is not None:
+            return x, Layout(known, batch_step, head_step, token_step, int(view.start))
     batch, heads, tokens, width = dims(shape)
     return lower.emit(relax.op.reshape(lower.value(node), shape)), plain(batch, int(heads), tokens, int(width))
 

@@ -108,12 +108,13 @@ def _take(fused: Fused, user: fx.Node) -> bool:
     if not all(statically_known_true(a == b) for a, b in zip(mine.shape, theirs.shape, strict=True)):
         return False
     if _name(other) == "dequantize_int8":
-        other, scale, zero_point = other.args  # type: ignore[assignment]
-        fused.added_scales.append((float(scale), int(zero_point)))
+        form, scale, zero_point = other.args
+        fused.added_scales.append((float(scale), int(zero_point)))  # type: ignore[arg-type]
         fused.steps.append(ADD_INT8)
+        fused.added.append(form)  # type: ignore[arg-type]
     else:
         fused.steps.append(ADD)
-    fused.added.append(other)
+        fused.added.append(other)
     return True
 
 

@@ -143,7 +143,7 @@ class Tucker2Conv2d(ThreeFactorConv2d):
 
     def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
         v, core, u = factors["v"], factors["core"], factors["u"]
-        h = (v @ x.reshape(v.shape[1], -1)).unflatten(1, (-1, x.shape[1])) * mask[: len(v), None]
+        h = (v @ x.reshape(v.shape[1], -1)).reshape(len(v), -1, x.shape[1]) * mask[: len(v), None]
         return u.T @ ((core.flatten(1) @ h.flatten(0, 1)) * mask[: len(u)])
 
     def _core_matrix(self, rank: int) -> Tensor:
@@ -168,7 +168,7 @@ class CpConv2d(ThreeFactorConv2d):
 
     def product(self, factors: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
         v, core, u = factors["v"], factors["core"], factors["u"]
-        h = (v @ x.reshape(v.shape[1], -1)).unflatten(1, (-1, x.shape[1]))
+        h = (v @ x.reshape(v.shape[1], -1)).reshape(len(v), -1, x.shape[1])
         return u.T @ ((core.flatten(1)[:, :, None] * h).sum(1) * mask)
 
     def _core_matrix(self, rank: int) -> Tensor:

@@ -78,7 +78,8 @@ def attention_int8(
     greatest = p.amax(-1, keepdim=True).clamp_min(LEAST_NORM)
     y = (_whole(p, greatest).double() @ v.double()).float()
     # The greatest score counts 1, so a sum is 0 or at least 1.
-    return y * ((greatest * STEP) * (1.0 / row_sum(e).clamp_min(1.0)))
+    result: Tensor = y * ((greatest * STEP) * (1.0 / row_sum(e).clamp_min(1.0)))
+    return result
 
 
 @attention_int8.register_fake
@@ -95,7 +96,9 @@ def attention_int8_aten(
         key, value = (aten.repeat_interleave.self_int(x, share, 1) for x in (key, value))
 
     def whole(x: Tensor, greatest: Tensor) -> Tensor:
-        return aten.round.default(aten.mul.Tensor(x, aten.div.Tensor(aten.full_like.default(greatest, MOST), greatest)))
+        ratio = aten.div.Tensor(aten.full_like.default(greatest, MOST), greatest)
+        rounded: Tensor = aten.round.default(aten.mul.Tensor(x, ratio))
+        return rounded
 
     def rows(x: Tensor) -> tuple[Tensor, Tensor]:
         greatest = aten.clamp_min.default(aten.amax.default(aten.abs.default(x), [-1], True), LEAST_NORM)

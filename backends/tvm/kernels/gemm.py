@@ -214,8 +214,7 @@ def _fetch(weights: Buffer, panel: tuple[Index, int], line: Index) -> None:
     """Ask for one line of the next panel's weights. A tile of rows is done with a panel's words sooner than memory
     brings the next ones; later tiles have them in cache, and leave memory idle."""
     start, size = panel
-    total = static(weights.shape[0])
-    at = T.min(start + T.min(line * _LINE, size - _LINE), total - _LINE)
+    at = T.min(start + T.min(line * _LINE, size - _LINE), weights.shape[0] - _LINE)
     T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(weights[at]), *map(T.int32, (0, 2, 1))))
 
 
