@@ -1,16 +1,15 @@
 """Factors on disk as they are made, so that a decomposition that was cut short goes on where it was."""
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
+from t3c_compile.passes.digest import digest
 from t3c_compile.passes.errors import T3CError
 
 Factors = tuple[Tensor, ...]
@@ -30,7 +29,7 @@ def kept_factors(
     folder: Path | None = gm.meta.get("t3c_resume")
     if folder is None:
         return make()
-    path = folder / f"{_digest(layer, options, sources)}.safetensors"
+    path = folder / f"{digest((layer, options, sources))}.safetensors"
     try:
         kept = load_file(path)
         # Copies: the tensors read are the file's own pages.
@@ -48,12 +47,3 @@ def kept_factors(
     finally:
         temporary.unlink(missing_ok=True)
     return factors
-
-
-def _digest(layer: str, options: str, sources: Sequence[Tensor | None]) -> str:
-    digest = hashlib.sha256(f"{layer}\n{options}\n".encode())
-    for tensor in sources:
-        digest.update(f"{None if tensor is None else (tuple(tensor.shape), tensor.dtype)}\n".encode())
-        if tensor is not None:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

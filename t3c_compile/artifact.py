@@ -1,7 +1,6 @@
 """``lower``: an elastic model and its profiles become one artifact, written whole or not at all."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch.fx import Graph
 
 from t3c_compile.backends.targets import Target, get_target, machine, require_lowerable
 from t3c_compile.cost import dense_int8_bytes
-from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifest, sha256
+from t3c_compile.manifest import SCHEMA, STORE, ArtifactError, Manifest, described, write_manifest
 from t3c_compile.measuring import CALLS, measure
 from t3c_compile.memory import activation_bytes, require_fit
 from t3c_compile.passes.capture import traced_inputs
@@ -134,7 +133,7 @@ def _write(
             bar.update(task, advance=1, description=f"compile for {target.name}")
             library = build_library(programs, target, folder / "lib" / f"{target.name}.so", records)
             # Named by content: the loader takes one path for one library, even when the file there was replaced.
-            name = f"lib/{target.name}-{sha256(library.path)[:12]}.so"
+            name = f"lib/{target.name}-{described(library.path)['sha256'][:12]}.so"
             library.path.rename(folder / name)
             manifest["inputs"] = _described(library.inputs)
             manifest["targets"][target.name] = {
@@ -148,15 +147,15 @@ def _write(
                 "kernels": dict(library.kernels),
             }
         manifest["files"] = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+            name: described(folder / name)
             for name in (STORE, *(entry["library"] for entry in manifest["targets"].values()))
         }
         del programs, store  # the process that measures has a copy of its own
         bar.update(task, advance=1, description="measure")
-        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        write_manifest(folder, manifest)
         if measured:
             _measure(folder, manifest, example_inputs)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            write_manifest(folder, manifest)
 
 
 def _described(inputs: Sequence["TensorInfo"]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from scipy.stats import beta, binom
 from t3c_compile import qemu
 from t3c_compile.conformal import CertificateError, ConformalCertificate, ProfileBounds
 from t3c_compile.drift import METRICS, Array, agrees, drifts, logits_of, scales
-from t3c_compile.manifest import STORE, ArtifactError, Manifest, read_manifest, write_manifest
+from t3c_compile.manifest import STORE, ArtifactError, Manifest, check_files, read_manifest, write_manifest
 from t3c_compile.runtime import Session, checked_inputs, load, refusal
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def certify(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
     count = _samples(inputs, manifest)
     own = _full_profile(manifest) if reference is None else None
     if reference is None and own is None:

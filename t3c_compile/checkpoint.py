@@ -2,7 +2,8 @@
 
 The file's tensors are the model's ``state_dict`` (and, under names that begin with ``/``, example inputs and the
 controller); its metadata hold the plan as JSON: the format's version, every elastic layer with its form, ranks,
-geometry and quantizers, the two graphs, the choices and the report. There is no pickle in it.
+geometry and quantizers, the two graphs, the choices and the report; and the SHA-256 of all this. There is no pickle in
+it.
 """
 
 import json
@@ -20,13 +21,14 @@ from t3c_compile import processes
 from t3c_compile.controller import Controller
 from t3c_compile.graph_json import FormatError, Reader, Writer
 from t3c_compile.passes.capture import capture
+from t3c_compile.passes.digest import digest
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import PassConditionError, T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.state import StateError, load_state, unsharded, unwrapped
 from t3c_compile.transforming import Config, pipeline_of
 
-_FORMAT, _VERSION = "t3c-checkpoint", 3
+_FORMAT, _VERSION = "t3c-checkpoint", 4
 
 
 class CheckpointError(T3CError):
@@ -65,7 +67,7 @@ class Checkpoint:
                 }
                 if processes.is_first():
                     metadata = {"format": _FORMAT, "version": str(_VERSION), "plan": json.dumps(plan)}
-                    _write(Path(path), writer.tensors, metadata)
+                    _write(Path(path), writer.tensors, metadata | {"sha256": _sha256(metadata, writer.tensors)})
         except FormatError as error:
             raise CheckpointError(f"cannot write {path}: {error}") from error
 
@@ -84,7 +86,8 @@ class Checkpoint:
             model.meta.update(reader.value(plan["meta"]))
             model.train(plan["training"])
             return Checkpoint(model, reader.value(plan["inputs"]), _controller(plan, reader))
-        except (FormatError, KeyError, AttributeError, RuntimeError) as error:
+        except Exception as error:
+            # What torch raises for graphs that are none is not documented.
             raise CheckpointError(f"{path} is damaged or of another version: {error}") from error
 
 
@@ -149,10 +152,18 @@ def _read(path: Path) -> tuple[dict[str, Any], Reader]:
             metadata = file.metadata() or {}
             _check(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _sha256(metadata, tensors):
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one it holds")
         plan = json.loads(metadata["plan"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} is damaged or not a t3c checkpoint: {error}") from error
     return plan, Reader(tensors)
+
+
+def _sha256(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    return digest((metadata["plan"], sorted(tensors.items())))
 
 
 def _check(path: Path, metadata: Mapping[str, str]) -> None:

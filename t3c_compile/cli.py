@@ -11,7 +11,7 @@ from typing import Any
 
 from t3c_compile.backends.targets import get_target, host_target, list_targets, require_lowerable
 from t3c_compile.budget import Budget, BudgetError
-from t3c_compile.manifest import ArtifactError, read_manifest
+from t3c_compile.manifest import ArtifactError, check_files, read_manifest
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.show import show, summarize_options
 
@@ -349,6 +349,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from t3c_compile.drift import METRICS
 
     manifest = read_manifest(Path(arguments.artifact))
+    check_files(Path(arguments.artifact), manifest)
     certificates = {name: entry["conformal"] for name, entry in manifest["targets"].items() if "conformal" in entry}
     rows = []
     for target, entry in manifest["targets"].items():

@@ -1,12 +1,16 @@
 """Modules and graphs as JSON and named tensors. There is no pickle in it: reading one runs nobody's code.
 
+Nor do names get into the Python that ``torch.fx`` makes of a graph unless they are plain names.
+
 Everything an elastic model holds is one of a few kinds: plain containers, this package's own modules, ``torch.fx``
 graphs of registered ops, and values (numbers, shapes, dtypes, dimensions, the package's dataclasses). What is none of
 these is refused when it is written, by name.
 """
 
+import json
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -25,6 +29,9 @@ from t3c_compile.passes.errors import T3CError
 _PACKAGE = "t3c_compile."
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _FUNCTIONS = {"_operator": operator, "math": math, "torch": torch}
+# Those of `operator` that do more than arithmetic: with them a graph could come at any object.
+_NO_ARITHMETIC = {"attrgetter", "itemgetter", "methodcaller", "call", "setitem", "delitem"}
+_NODE_KINDS = {"placeholder", "get_attr", "call_function", "call_module", "output"}
 _TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -83,8 +90,8 @@ class Writer:
         if isinstance(graph._codegen, _PyTreeCodeGen):
             info = graph._codegen.pytree_info
             data["arguments"] = info.orig_args
-            data["in"] = treespec_dumps(info.in_spec)
-            data["out"] = None if info.out_spec is None else treespec_dumps(info.out_spec)
+            data["in"] = _checked_spec(treespec_dumps(info.in_spec))
+            data["out"] = None if info.out_spec is None else _checked_spec(treespec_dumps(info.out_spec))
         return data
 
     def _node(self, node: Node) -> list[Any]:
@@ -143,7 +150,7 @@ class Reader:
             module: nn.Module = cls.__new__(cls)
             nn.Module.__init__(module)
             for name, value in data["attributes"].items():
-                setattr(module, name, self._value(value))
+                setattr(module, _checked_name(name), self._value(value))
         else:
             module = nn.Module()
         for name, entry in data["tensors"].items():
@@ -172,13 +179,21 @@ class Reader:
         graph = Graph()
         nodes: dict[str, Node] = {}
         for op, name, target, args, kwargs, meta in data["nodes"]:
-            function = _function(target) if op == "call_function" else target
-            node = graph.create_node(op, function, self._value(args, nodes), self._value(kwargs, nodes), name)
-            node.meta.update({key: self._value(value) for key, value in meta.items()})
+            if op not in _NODE_KINDS:
+                raise FormatError(f"node {name} is a {op}")
+            names: dict[str, Callable[[str], Any]] = {"call_function": _function, "placeholder": _checked_name}
+            where = names.get(op, _checked_path)(target)
+            named = {_checked_name(key): value for key, value in self._value(kwargs, nodes).items()}
+            node = graph.create_node(op, where, self._value(args, nodes), named, name)
+            node.meta.update({key: self._value(value) for key, value in meta.items() if key.startswith("t3c_")})
             nodes[name] = node
         if "in" in data:
-            out = None if data["out"] is None else treespec_loads(data["out"])
-            graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(data["arguments"], treespec_loads(data["in"]), out)))
+            out = None if data["out"] is None else treespec_loads(_checked_spec(data["out"]))
+            into = treespec_loads(_checked_spec(data["in"]))
+            keywords = into.child(1).context if into.num_children == 2 and into.child(1).type is dict else []
+            for name in (*data["arguments"], *keywords):
+                _checked_name(name)
+            graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(data["arguments"], into, out)))
         return graph
 
     def value(self, data: Any) -> Any:
@@ -250,7 +265,9 @@ def _function(name: str) -> Callable[..., Any]:
         function = torch.ops
         for part in name.split("."):
             function = getattr(function, part, None)
-    if not callable(function):
+        if not isinstance(function, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+            function = None
+    if function is None:
         raise FormatError(f"op {name} is not registered: import the library that defines it first")
     return function  # type: ignore[no-any-return]
 
@@ -258,9 +275,38 @@ def _function(name: str) -> Callable[..., Any]:
 def _python_function(name: str) -> Any:
     """Arithmetic on sizes: of ``operator`` and ``math`` all functions, of ``torch`` those called ``sym_``."""
     module, _, function = name.partition(":")
-    if module == "torch" and not function.startswith("sym_"):
+    if function.startswith("_") or function in _NO_ARITHMETIC or (module == "torch" and function[:4] != "sym_"):
         return None
     return getattr(_FUNCTIONS.get(module), function, None)
+
+
+def _checked_name(name: str) -> str:
+    if not name.isidentifier() or name.startswith("__"):
+        raise FormatError(f"{name!r} is not a name")
+    return name
+
+
+def _checked_path(path: str) -> str:
+    """Where a module or tensor lies; ``torch.fx`` writes it between quotes."""
+    if re.search(r'["\\\n]|(^|\.)(__|\.|$)', path):
+        raise FormatError(f"{path!r} is not the place of a module or tensor")
+    return path
+
+
+def _checked_spec(text: str) -> str:
+    """The structure of inputs or outputs as ``torch`` writes it; :class:`FormatError` where reading it would import
+    what it names (enumerations, factories of dictionaries)."""
+
+    def check(data: Any) -> None:
+        if isinstance(data, dict) and ("__enum__" in data or data.get("type") == "collections.defaultdict"):
+            raise FormatError("inputs or outputs have an enumeration or a defaultdict in their structure")
+        if isinstance(data, str) and "__enum__" in data:
+            check(json.loads(data))
+        for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+            check(item)
+
+    check(json.loads(text))
+    return text
 
 
 @contextmanager
@@ -269,5 +315,6 @@ def _as_format_errors() -> Iterator[None]:
         yield
     except FormatError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
+    except Exception as error:
+        # What torch raises for such data is not documented.
         raise FormatError(f"it is not what this version writes: {type(error).__name__} {error}") from error

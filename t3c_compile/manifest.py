@@ -1,18 +1,18 @@
 """The manifest of an artifact: what is in the folder, checked before anything in it is used.
 
-Standard library only; reading an artifact never unpickles.
+It holds the SHA-256 of every file, and of itself. Standard library only; reading an artifact never unpickles.
 """
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from t3c_compile.passes.errors import T3CError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 STORE = "weights.safetensors"
 
@@ -21,7 +21,13 @@ Manifest = dict[str, Any]
 _NUMBER = (int, float)
 _COST = {"latency_ms": _NUMBER, "energy_mj": _NUMBER, "source": str}
 _OPTION = {"form": str, "rank": int, "bits": int}
-_PROFILE = {"name": str, "size_bytes": int, "options": {str: _OPTION}, "quality": {str: _NUMBER}, "certificate": dict}
+_PROFILE = {
+    "name": str,
+    "size_bytes": int,
+    "options": {str: _OPTION},
+    "quality": {"kl": _NUMBER, str: _NUMBER},
+    "certificate": {"bound": _NUMBER},
+}
 _TARGET = {
     "machine": str,
     "features": [str],
@@ -30,7 +36,7 @@ _TARGET = {
     "packs": {str: [str]},
     "costs": [_COST],
 }
-_DRIFT = {"linf": _NUMBER, "l2": _NUMBER, "kl": _NUMBER}
+_DRIFT = {"linf": _NUMBER, "l2": _NUMBER, "kl": _NUMBER, str: _NUMBER}
 _BOUNDS = {"drift": _DRIFT, "scaled": {str: _NUMBER}, "agreement": _NUMBER, "to_greatest": _NUMBER}
 # A target's certificate, where it has been certified.
 _CONFORMAL = {
@@ -41,52 +47,50 @@ _CONFORMAL = {
     "statement": str,
     "profiles": [_BOUNDS],
 }
-# A type, a tuple of types, [element], {str: value}, or the fields a mapping must have (it may have others).
+# A type, a tuple of types, [element], or the fields a mapping must have; its others are as `str` says, or free.
 _SHAPE = {
     "files": {str: {"bytes": int, "sha256": str}},
     "inputs": [{"name": str, "shape": [(int, str)], "dtype": str}],
     "profiles": [_PROFILE],
     "targets": {str: _TARGET},
     "tools": {str: str},
+    "sha256": str,
 }
+_DTYPES = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
 
 
 class ArtifactError(T3CError):
     """An artifact is missing, damaged, of a newer schema, or not for this machine."""
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``folder``: schema version, structure, and size and SHA-256 of every file.
+    """Read the manifest of ``folder`` and check its schema version, structure and hash; its files are not opened.
 
     Raises:
-        ArtifactError: says which file is missing, truncated or changed, or that the schema is newer.
+        ArtifactError: it is missing or damaged, or of another schema.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} is not a t3c artifact: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        manifest = json.loads(path.read_bytes())
+        own = _own_sha256(manifest) if isinstance(manifest, dict) else None
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}; lower the model again") from error
     _check_structure(path, manifest)
-    for name, entry in manifest["files"].items():
-        _check_file(folder, name, entry)
+    if manifest["sha256"] != own:
+        raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one it holds; lower the model again")
     return manifest  # type: ignore[no-any-return]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put ``manifest`` in the place of the one in ``folder``, in one moment: whenever this is cut short, the old one or
-    the new one stands there whole.
+    the new one stands there whole. It gets its own hash.
 
     Raises:
         ArtifactError: it cannot be written; the old one is as it was.
     """
+    manifest["sha256"] = _own_sha256(manifest)
     temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -98,6 +102,52 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         raise ArtifactError(f"cannot write {folder / MANIFEST}: {error}; it is as it was") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: its size and hexadecimal SHA-256."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def open_file(folder: Path, manifest: Manifest, name: str) -> BinaryIO:
+    """The file ``name`` of an artifact, open and found to be what the manifest says.
+
+    Who reads on from it reads what was hashed, also where another file has taken its place meanwhile.
+
+    Raises:
+        ArtifactError: it is missing, truncated or changed.
+    """
+    path, entry = folder / name, manifest["files"][name]
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{folder} is incomplete: {name} is missing")
+        file = path.open("rb")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    try:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["bytes"]:
+            raise ArtifactError(f"{path} is truncated or changed: {size} bytes, {entry['bytes']} expected")
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise ArtifactError(f"{path} is damaged: its SHA-256 is not the manifest's; lower the model again")
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raises :class:`ArtifactError` where a file is not what the manifest says, as :func:`open_file` does."""
+    for name in manifest["files"]:
+        open_file(folder, manifest, name).close()
+
+
+def _own_sha256(manifest: Manifest) -> str:
+    """Of all that a manifest says but this."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_structure(path: Path, manifest: Any) -> None:
@@ -112,8 +162,19 @@ def _check_structure(path: Path, manifest: Any) -> None:
         raise ArtifactError(f"{path} is damaged: {wrong}")
     if not manifest["profiles"] or not manifest["targets"]:
         raise ArtifactError(f"{path} is damaged: it has no profiles or no targets")
+    for name in manifest["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{path} is damaged: bad file entry {name!r}")
+    if any(entry["dtype"] not in _DTYPES for entry in manifest["inputs"]):
+        raise ArtifactError(f"{path} is damaged: an input is of none of the types {', '.join(_DTYPES)}")
     for target, entry in manifest["targets"].items():
         wrong = _mismatch(entry["conformal"], _CONFORMAL, f"{target}/conformal") if "conformal" in entry else None
+        if (
+            not wrong
+            and "conformal" in entry
+            and not all(0 < entry["conformal"][key] < 1 for key in ("alpha", "delta"))
+        ):
+            wrong = f"{target}/conformal has an alpha or delta that is no probability"
         if wrong:
             raise ArtifactError(f"{path} is damaged: {wrong}")
         lists = {"functions": entry["functions"], "costs": entry["costs"]}
@@ -131,28 +192,17 @@ def _mismatch(value: Any, shape: Any, place: str) -> str | None:
     """Where ``value`` first differs from ``shape``, in words; None when it does not."""
     if isinstance(shape, type | tuple):
         # JSON's true is Python's int too; nowhere does a manifest hold one.
-        right = isinstance(value, shape) and not isinstance(value, bool)
-        return None if right else f"{place} is missing or of the wrong type"
+        if not isinstance(value, shape) or isinstance(value, bool):
+            return f"{place} is missing or of the wrong type"
+        held = math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < 2**63
+        return None if held else f"{place} is out of range"
     if not isinstance(value, type(shape)):
         return f"{place} is missing or of the wrong type"
     if isinstance(shape, list):
         inner = [(str(i), item, shape[0]) for i, item in enumerate(value)]
-    elif str in shape:
-        inner = [(key, item, shape[str]) for key, item in value.items()]
     else:
-        inner = [(key, value.get(key), kind) for key, kind in shape.items()]
+        inner = [(key, value.get(key), kind) for key, kind in shape.items() if key is not str]
+        if str in shape:
+            inner += [(key, item, shape[str]) for key, item in value.items() if key not in shape]
     found = (_mismatch(item, kind, f"{place}/{key}".lstrip("/")) for key, item, kind in inner)
     return next((wrong for wrong in found if wrong), None)
-
-
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ArtifactError(f"{folder / MANIFEST} is damaged: bad file entry {name!r}")
-    if not path.is_file():
-        raise ArtifactError(f"{folder} is incomplete: {name} is missing")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise ArtifactError(f"{path} is truncated or changed: {size} bytes, {entry.get('bytes')} expected")
-    if sha256(path) != entry["sha256"]:
-        raise ArtifactError(f"{path} is damaged: its SHA-256 is not the manifest's; lower the model again")

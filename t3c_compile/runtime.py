@@ -17,7 +17,7 @@ from t3c_compile.backends import cpu
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.conformal import CertificateError, ConformalCertificate
 from t3c_compile.drift import Array, drifts, logits_of
-from t3c_compile.manifest import STORE, ArtifactError, Manifest, read_manifest
+from t3c_compile.manifest import STORE, ArtifactError, Manifest, open_file, read_manifest
 from t3c_compile.monitor import Monitor
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.store import read_store
@@ -132,13 +132,17 @@ class Session:
         self._monitor: Monitor | None = None
         self._active = self.profiles[-1]
         self._lock = threading.Lock()
-        store = read_store(folder / STORE)
+        with open_file(folder, manifest, STORE) as file:
+            store = read_store(file)
         missing = [name for names in entry["packs"].values() for name in names if name not in store]
         if missing:
             raise ArtifactError(f"{folder / STORE} lacks tensors: {', '.join(missing)}")
         self._memory: tuple[int, tuple[tuple[int, ...], ...]] | None = None
+        # The system opens a library by its name: it is hashed just before.
+        open_file(folder, manifest, entry["library"]).close()
         try:
-            self._machine = VirtualMachine(folder / entry["library"])
+            # A bare name would be looked for elsewhere.
+            self._machine = VirtualMachine((folder / entry["library"]).absolute())
             self._functions = [self._machine[name] for name in entry["functions"]]
             # Packed once, for all profiles, and pages of the store are let go as that goes on.
             packed: list[Any] = []

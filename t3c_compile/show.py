@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -17,13 +18,14 @@ def show(title: str, rows: Sequence[Row], as_json: bool) -> None:
     if as_json:
         print(json.dumps(list(rows), indent=1))
         return
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD)
     for name in rows[0] if rows else ():
         table.add_column(
-            name.replace("x86_64", "x86-64").replace("_", " "), justify="right" if _is_number(rows[0][name]) else "left"
+            escape(name.replace("x86_64", "x86-64").replace("_", " ")),
+            justify="right" if _is_number(rows[0][name]) else "left",
         )
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(escape(_text(value)) for value in row.values()))
     console = Console()
     # Piped output has no width of its own; a table cut to 80 columns would lose its numbers.
     (console if console.is_terminal else Console(width=200)).print(table)

@@ -5,11 +5,12 @@ the runtime at numpy and TVM's runtime alone; writing it here puts tensors where
 """
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -56,20 +57,23 @@ class Store(dict[str, np.ndarray[Any, Any]]):
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def read_store(path: Path) -> Store:
-    """Map the file. Raises :class:`ArtifactError` when it is not well formed."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    data = np.frombuffer(mapped, np.uint8)
+def read_store(file: BinaryIO) -> Store:
+    """Map an open file. Raises :class:`ArtifactError` when it is not well formed."""
     try:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = np.frombuffer(mapped, np.uint8)
         (length,) = struct.unpack("<Q", data[:8].tobytes())
         header = json.loads(data[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
-        start = 8 + length
-        tensors: dict[str, np.ndarray[Any, Any]] = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = data[start + begin : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        return Store(mapped, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
+        body = data[8 + length :]
+        return Store(mapped, {name: _tensor(body, **entry) for name, entry in header.items()})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        raise ArtifactError(f"{file.name} is damaged: {error}") from error
+
+
+def _tensor(body: np.ndarray[Any, Any], dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray[Any, Any]:
+    begin, end = data_offsets
+    kind = np.dtype(_DTYPES[dtype])
+    if min([begin, *shape]) < 0 or end > len(body) or end - begin != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"bytes {begin} to {end} of {len(body)} are no {dtype} tensor of shape {shape}")
+    return body[begin:end].view(kind).reshape(shape)

@@ -15,12 +15,13 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from t3c_compile import processes
 from t3c_compile.controller import Controller
+from t3c_compile.passes.digest import digest
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 
 _WARMUP = 0.05
 _CLIP = 1.0
-_VERSION = 2
+_VERSION = 3
 # The controller is a few hundred numbers with no scale of its own: it moves faster than the factors.
 _CONTROLLER_LR = 1e-2
 # In a sharded checkpoint, which is a folder: what is not sharded.
@@ -93,7 +94,8 @@ class TrainingState:
         if not processes.is_first():
             return
         try:
-            torch.save(state | rest, temporary / _REST if self.sharded else temporary)
+            state |= rest
+            torch.save(state | {"sha256": digest(state)}, temporary / _REST if self.sharded else temporary)
             old = path.with_name(f"{path.name}.old")
             if path.is_dir():
                 path.rename(old)
@@ -117,6 +119,8 @@ class TrainingState:
             raise TrainError(f"checkpoint {path} cannot be read ({error}): {way_out}") from error
         if not isinstance(state, dict) or state.get("version") != _VERSION:
             raise TrainError(f"checkpoint {path} is not one of this version's: {way_out}")
+        if state.pop("sha256", None) != digest(state):
+            raise TrainError(f"checkpoint {path} is damaged: its SHA-256 is not the one it holds; {way_out}")
         changed = [key for key, value in setup.items() if state["setup"].get(key) != value]
         if changed:
             raise TrainError(f"checkpoint {path} is of a run with other {', '.join(changed)}: {way_out}")

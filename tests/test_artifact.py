@@ -1,7 +1,5 @@
 """The artifact and the runtime: one store, whole or absent, checked before use, switched between two calls."""
 
-import contextlib
-import copy
 import errno
 import json
 import os
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from nets import conv_net, parameter_bytes
 from safetensors.numpy import load_file
@@ -28,7 +26,7 @@ from t3c_compile import artifact as artifact_module
 from t3c_compile.artifact import lower
 from t3c_compile.backends.targets import get_target
 from t3c_compile.energy import MODELLED, EnergyUnavailableError, open_meter
-from t3c_compile.manifest import MANIFEST, STORE, read_manifest, sha256
+from t3c_compile.manifest import MANIFEST, STORE, read_manifest, write_manifest
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
@@ -125,8 +123,13 @@ def test_the_store_holds_each_weight_once(built: Built) -> None:
     assert sum(t.nbytes for t in store.values()) == parameter_bytes(alone)
 
 
+def _store(folder: Path) -> Any:
+    with (folder / STORE).open("rb") as file:
+        return read_store(file)
+
+
 def test_our_reader_reads_what_safetensors_writes(built: Built) -> None:
-    ours, theirs = read_store(built.path / STORE), load_file(built.path / STORE)
+    ours, theirs = _store(built.path), load_file(built.path / STORE)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
 
@@ -315,7 +318,7 @@ def test_wrong_inputs_are_named(built: Built) -> None:
 def _edit(path: Path, change: Any) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
 
 
 def test_damage_is_found_before_anything_is_used(built: Built, tmp_path: Path) -> None:
@@ -327,8 +330,8 @@ def test_damage_is_found_before_anything_is_used(built: Built, tmp_path: Path) -
         (lambda p: os.truncate(p / STORE, 1000), "truncated or changed: 1000 bytes"),
         (lambda p: _flip(p / STORE), "its SHA-256 is not the manifest's"),
         (lambda p: _flip(p / library), "its SHA-256 is not the manifest's"),
-        (lambda p: _edit(p, lambda m: m.update(schema=99)), "schema 99, this version reads 2: install a newer"),
-        (lambda p: _edit(p, lambda m: m.update(schema=1)), "schema 1, this version reads 2: lower the model again"),
+        (lambda p: _edit(p, lambda m: m.update(schema=99)), "schema 99, this version reads 3: install a newer"),
+        (lambda p: _edit(p, lambda m: m.update(schema=2)), "schema 2, this version reads 3: lower the model again"),
         (lambda p: _edit(p, lambda m: m.pop("schema")), "no schema version"),
         (lambda p: _edit(p, lambda m: m.pop("profiles")), "profiles is missing"),
         (lambda p: _edit(p, lambda m: m["profiles"].pop()), "functions"),
@@ -349,34 +352,6 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.data())
-def test_a_mutated_manifest_gives_a_clear_error_or_loads(built: Built, data: st.DataObject) -> None:
-    """Any part of the manifest removed or replaced: an ArtifactError, never another exception."""
-    manifest = json.loads((built.path / MANIFEST).read_text())
-    changed = copy.deepcopy(manifest)
-    place: Any = changed
-    for _ in range(data.draw(st.integers(1, 4))):
-        key = data.draw(st.sampled_from(sorted(place))) if isinstance(place, dict) else 0
-        if not place or not isinstance(place[key], dict | list) or not place[key]:
-            break
-        place = place[key]
-    key = data.draw(st.sampled_from(sorted(place))) if isinstance(place, dict) else 0
-    junk = st.none() | st.integers(-1, 10**9) | st.text(max_size=3) | st.lists(st.none(), max_size=1)
-    if data.draw(st.booleans()):
-        del place[key]
-    else:
-        place[key] = data.draw(junk)
-    folder = built.path.parent / "mutated.t3c"
-    folder.mkdir(exist_ok=True)
-    for name in (STORE, "lib"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(built.path / name)
-    (folder / MANIFEST).write_text(json.dumps(changed))
-    with contextlib.suppress(ArtifactError):
-        t3c_compile.load(folder)
-
-
 def test_a_machine_without_the_features_is_refused(built: Built, tmp_path: Path) -> None:
     path = built.copy(tmp_path)
     _edit(path, lambda m: m["targets"]["x86_64"]["features"].append("avx9000"))
@@ -393,7 +368,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = built.copy(tmp_path)
-    before = sha256(path / MANIFEST)
+    before = (path / MANIFEST).read_bytes()
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -402,7 +377,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(
     with pytest.raises(ArtifactError, match="the disk is full; nothing was left behind"):
         lower(built.elastic, built.profiles, TARGETS, path, built.inputs)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    assert sha256(path / MANIFEST) == before
+    assert (path / MANIFEST).read_bytes() == before
 
 
 def test_an_artifact_replaced_under_a_loaded_one_is_loaded_anew(built: Built, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from t3c_compile import certifying as module
 from t3c_compile.certifying import agreement_bound, least_samples, order_statistic
 from t3c_compile.cli import main
 from t3c_compile.conformal import ConformalCertificate
-from t3c_compile.manifest import MANIFEST, read_manifest
+from t3c_compile.manifest import MANIFEST, read_manifest, write_manifest
 
 
 def _at_least(k: int, n: int, p: float) -> float:
@@ -232,7 +232,7 @@ def test_a_damaged_certificate_is_found(small: Small, tmp_path: Path) -> None:
     ):
         manifest = json.loads(whole)
         change(manifest["targets"]["x86_64"]["conformal"])  # type: ignore[no-untyped-call]
-        (path / MANIFEST).write_text(json.dumps(manifest))
+        write_manifest(path, manifest)
         with pytest.raises(ArtifactError, match=message):
             t3c_compile.load(path)
 

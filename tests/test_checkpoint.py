@@ -24,6 +24,7 @@ from t3c_compile.controller import Controller
 from t3c_compile.graph_json import FormatError, Reader
 from t3c_compile.passes.decompose_conv import DecomposeConv
 from t3c_compile.passes.decompose_linear import DecomposeLinear
+from t3c_compile.passes.digest import digest
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
@@ -172,6 +173,11 @@ def test_a_file_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
             restore(other, inputs, tmp_path / "a.safetensors")
 
 
+def _sealed(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A checkpoint as its writer would have hashed it."""
+    save_file(tensors, path, metadata | {"sha256": digest((metadata["plan"], sorted(tensors.items())))})
+
+
 def test_damaged_newer_and_foreign_files_are_refused(tmp_path: Path) -> None:
     model, inputs = mlp()
     good = tmp_path / "good.safetensors"
@@ -184,19 +190,23 @@ def test_damaged_newer_and_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "plain")
     with safe_open(good, "pt") as file:
         metadata = dict(file.metadata())
-    save_file(tensors, tmp_path / "newer", metadata | {"version": "4"})
+    save_file(tensors, tmp_path / "newer", metadata | {"version": "5"})
     plan = json.loads(metadata["plan"])
     del plan["module"]["children"]["head"]
-    save_file(tensors, tmp_path / "edited", metadata | {"plan": json.dumps(plan)})
-    save_file({n: t for n, t in tensors.items() if n != "head.U"}, tmp_path / "lacking", metadata)
+    _sealed(tensors, tmp_path / "edited", metadata | {"plan": json.dumps(plan)})
+    _sealed({n: t for n, t in tensors.items() if n != "head.U"}, tmp_path / "lacking", metadata)
+    save_file({n: t if n != "head.U" else t * 1.001 for n, t in tensors.items()}, tmp_path / "other weight", metadata)
+    save_file(tensors, tmp_path / "other plan", metadata | {"plan": json.dumps(plan)})
     for name, message in (
         ("cut", "damaged or not a t3c checkpoint"),
         ("text", "damaged or not a t3c checkpoint"),
         ("pickle", "damaged or not a t3c checkpoint"),
         ("plain", "is not a t3c checkpoint: write one"),
-        ("newer", "checkpoint of version 4; this t3c-compile reads 3"),
+        ("newer", "checkpoint of version 5; this t3c-compile reads 4"),
         ("edited", "damaged or of another version"),
         ("lacking", "damaged or of another version.*head.U"),
+        ("other weight", "is damaged: its SHA-256"),
+        ("other plan", "is damaged: its SHA-256"),
         ("gone", "there is no such file"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -206,13 +216,58 @@ def test_damaged_newer_and_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_plan_reaches_nothing_outside() -> None:
-    """A forged plan names no class or function beyond the package's modules and registered ops."""
+    """A forged plan names no class or function beyond the package's modules and registered ops, and no name in it
+    becomes code of the module that ``torch.fx`` makes."""
     reader = Reader({})
-    node = ["call_function", "f", None, {"tuple": [["x"]]}, {"dict": []}, {}]
-    for target in ("os:system", "torch:load", "builtins:eval", "torch.load", "operator:attrgetter", "_operator:gone"):
-        node[2] = target
+    for target in (
+        "os:system",
+        "torch:load",
+        "builtins:eval",
+        "torch.load",
+        "operator:attrgetter",
+        "_operator:attrgetter",
+        "_operator:methodcaller",
+        "_operator:call",
+        "_operator:__call__",
+        "_operator:gone",
+        "math:__loader__",
+        "load_library",
+        "aten.relu",
+        "aten.__class__",
+    ):
         with pytest.raises(FormatError):
-            reader.graph({"nodes": [node]})
+            reader.graph({"nodes": [["call_function", "f", target, {"tuple": []}, {"dict": []}, {}]]})
+    code = "__import__('os').abort()"
+    for op, target, kwargs in (
+        ("placeholder", f"x={code}", []),
+        ("get_attr", f'a", {code}, "', []),
+        ("get_attr", "forward.__globals__", []),
+        ("call_module", f'a", {code}, "', []),
+        ("call_module", "aten", [[f"x={code}, y", 1]]),
+        ("call_method", "item", []),
+    ):
+        with pytest.raises(FormatError):
+            reader.graph({"nodes": [[op, "f", target, {"tuple": []}, {"dict": kwargs}, {}]]})
+
+    def signature(arguments: list[str], type: str = "builtins.tuple", context: str = "null", key: str = "y") -> Any:
+        leaf = {"type": None, "context": None, "children_spec": []}
+        own = {"type": type, "context": context, "children_spec": [leaf]}
+        named = {"type": "builtins.dict", "context": json.dumps([key]), "children_spec": [leaf]}
+        whole = {"type": "builtins.tuple", "context": "null", "children_spec": [own, named]}
+        nodes = [["placeholder", name, name, {"tuple": []}, {"dict": []}, {}] for name in "xy"]
+        return {"nodes": nodes, "arguments": arguments, "in": json.dumps([1, whole]), "out": None}
+
+    reader.graph(signature(["x", "y"]))
+    enumeration = json.dumps([{"__enum__": True, "fqn": "antigravity:x", "name": "x"}])
+    for forged in (
+        signature([f"x={code}", "y"]),
+        signature(["x", "y"], key=f"y': {code}, 'z"),
+        signature(["x", "y"], type="builtins.dict", context=enumeration),
+        signature(["x", "y"], type="collections.defaultdict", context="null"),
+    ):
+        with pytest.raises(FormatError):
+            reader.graph(forged)
+    assert "antigravity" not in sys.modules
     for name in ("os:PathLike", "..os:PathLike", "cli:main", "cli:Path", "checkpoint:nn"):
         with pytest.raises(FormatError):
             reader.module({"class": name, "attributes": {}, "tensors": {}, "children": {}})
