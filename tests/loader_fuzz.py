@@ -1,8 +1,8 @@
 """Mutated artifacts, checkpoints and training states, each read as a user would read it.
 
-    python tests/loader_fuzz.py KIND FOLDER FIRST COUNT
+    python tests/loader_fuzz.py GROUP FOLDER FIRST COUNT
 
-reads ``COUNT`` mutations of kind ``KIND``, made from the seeds from ``FIRST`` on, and prints as JSON what came of them.
+reads ``COUNT`` mutations, made from the seeds from ``FIRST`` on, and writes what came of them to ``FOLDER/GROUP.json``.
 ``FOLDER`` holds the good files (see :func:`fuzz`). The process ends at once where memory or time run away.
 """
 
@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from io import StringIO
@@ -307,44 +306,49 @@ def training_state() -> tuple[Any, dict[str, Any]]:
     return run, {"epochs": 3}
 
 
-READERS: dict[str, Callable[[Path], Any]] = {
-    **dict.fromkeys(("manifest", "manifest sealed", "manifest bytes"), Artifacts),
-    **dict.fromkeys(("store bytes", "store sealed", "library bytes", "files"), Artifacts),
-    **dict.fromkeys(("checkpoint bytes", "checkpoint plan", "checkpoint sealed"), Checkpoints),
-    "training state": TrainingStates,
+SHARES: dict[str, dict[str, int]] = {
+    "artifacts": {
+        "manifest": 20,
+        "manifest sealed": 25,
+        "manifest bytes": 5,
+        "store bytes": 5,
+        "store sealed": 10,
+        "library bytes": 5,
+        "files": 2,
+    },
+    "checkpoints": {"checkpoint bytes": 10, "checkpoint plan": 3, "checkpoint sealed": 12, "training state": 3},
 }
-SHARES = {"manifest": 20, "manifest sealed": 25, "manifest bytes": 5, "store bytes": 5, "store sealed": 10, "files": 2}
-SHARES |= {"library bytes": 5, "checkpoint bytes": 10, "checkpoint plan": 3, "checkpoint sealed": 12}
-SHARES |= {"training state": 3}
-"""Of 100 mutations."""
+"""Of 100 mutations, how many are of which kind. What is sealed has the hashes that its writer would have given it."""
 
 
-def fuzz(folder: Path, kind: str, first: int, count: int) -> tuple[Counter[str], list[str]]:
+def fuzz(folder: Path, group: str, first: int, count: int) -> tuple[Counter[str], list[str]]:
     """How often which outcome came, and the failures with their seeds; a process that died is one, and goes on after.
 
-    ``folder`` holds ``good.t3c``, ``good.safetensors`` and ``good.state``, whichever ``kind`` needs.
+    ``folder`` holds ``good.t3c``, ``good.safetensors`` and ``good.state``.
     """
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
-    place = folder / f"{kind}.seed"
+    place, results = folder / f"{group}.seed", folder / f"{group}.json"
     end = first + count
     while first < end:
-        command = [sys.executable, __file__, kind, str(folder), str(first), str(end - first)]
+        command = [sys.executable, __file__, group, str(folder), str(first), str(end - first)]
+        place.write_text(str(first))
+        results.write_text("{}")
         done = subprocess.run(command, capture_output=True, text=True)
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        for line in lines:
-            outcomes.update(line.get("outcomes", {}))
-            failures += line.get("failures", [])
+        found = json.loads(results.read_text())
+        outcomes.update(found.get("outcomes", {}))
+        failures += found.get("failures", [])
         if done.returncode == 0:
             break
-        at = int(place.read_text()) if place.exists() else first
-        failures.append(f"{kind} {at}: the process ended with {done.returncode}: {done.stderr[-300:]}")
-        first = at + 1
+        first = int(place.read_text())
+        failures.append(f"{group} {first}: the process ended with {done.returncode}: {done.stderr[-300:]}")
+        first += 1
     return outcomes, failures
 
 
-def main(kind: str, folder: str, first: str, count: str) -> None:
-    read = READERS[kind](Path(folder))
+def main(group: str, folder: str, first: str, count: str) -> None:
+    makers = {"artifacts": [Artifacts], "checkpoints": [Checkpoints, TrainingStates]}[group]
+    readers = [make(Path(folder)) for make in makers]
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -352,17 +356,20 @@ def main(kind: str, folder: str, first: str, count: str) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
-    with (Path(folder) / f"{kind}.seed").open("w") as place:
+    shares = SHARES[group]
+    with (Path(folder) / f"{group}.seed").open("w") as place:
         for seed in range(int(first), int(first) + int(count)):
             os.pwrite(place.fileno(), f"{seed:<20}".encode(), 0)
             signal.alarm(SECONDS)
+            rng = random.Random(seed)
+            (kind,) = rng.choices(list(shares), list(shares.values()))
             try:
-                outcomes[read(kind, random.Random(seed))] += 1
+                outcomes[f"{kind}: {readers[kind == 'training state'](kind, rng)}"] += 1
             except Exception as error:
                 failures.append(f"{kind} {seed}: {type(error).__name__}: {str(error)[:300]}")
-                read = READERS[kind](Path(folder))
+                readers = [make(Path(folder)) for make in makers]
     signal.alarm(0)
-    print(json.dumps({"outcomes": outcomes, "failures": failures}))
+    (Path(folder) / f"{group}.json").write_text(json.dumps({"outcomes": outcomes, "failures": failures}))
 
 
 if __name__ == "__main__":
