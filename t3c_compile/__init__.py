@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from t3c_compile.passes.errors import T3CError
     from t3c_compile.passes.state import load_state
     from t3c_compile.runtime import InputError, Session, load
+    from t3c_compile.signing import SignatureError, sign
     from t3c_compile.snapping import snap
     from t3c_compile.training import train
     from t3c_compile.transforming import Config, transform
@@ -32,12 +33,14 @@ _HOME = {
     "Config": "transforming",
     "InputError": "runtime",
     "Session": "runtime",
+    "SignatureError": "signing",
     "T3CError": "passes.errors",
     "certify": "certifying",
     "load": "runtime",
     "load_state": "passes.state",
     "lower": "artifact",
     "restore": "checkpoint",
+    "sign": "signing",
     "snap": "snapping",
     "train": "training",
     "transform": "transforming",
@@ -54,12 +57,14 @@ __all__ = [
     "Config",
     "InputError",
     "Session",
+    "SignatureError",
     "T3CError",
     "certify",
     "load",
     "load_state",
     "lower",
     "restore",
+    "sign",
     "snap",
     "train",
     "transform",

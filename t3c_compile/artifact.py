@@ -26,6 +26,7 @@ from t3c_compile.passes.renumber import differ_in_numbers_alone, renumbered
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
 from t3c_compile.runtime import refusal
+from t3c_compile.signing import Key, private_key, sign
 from t3c_compile.store import write_store
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def lower(
     progress: bool = False,
     measured: bool = True,
     records: str | os.PathLike[str] | None = None,
+    key: Key | None = None,
 ) -> Path:
     """Lower every profile for every target into the artifact ``path`` (a folder, by custom called ``NAME.t3c``).
 
@@ -54,14 +56,18 @@ def lower(
         example_inputs: what the exported graphs are traced with, as for ``transform``.
         measured: False leaves all latencies as the profiles have them.
         records: a file that ``tune`` wrote; kernels get the tiles found fastest there, then the shipped ones.
+        key: an Ed25519 private key to sign with, a PEM file or its content as bytes.
 
     Raises:
-        UnknownTargetError, UnsupportedTargetError, UnsupportedOpError, RecordsError: before any compiling.
+        UnknownTargetError, UnsupportedTargetError, UnsupportedOpError, RecordsError, SigningKeyError: before any
+            compiling.
         MemoryLimitError: a profile does not fit a target's memory.
         T3CError: a target was not among those that ``profiles`` were snapped for.
         ArtifactError: the disk is full or the folder cannot be written.
     """
     wanted = [get_target(target) if isinstance(target, str) else target for target in targets]
+    if key is not None:
+        private_key(key)  # what is wrong shows before the long work
     final = Path(path)
     if not final.parent.is_dir():
         raise ArtifactError(f"{final.parent} is not a folder: make it first, or choose another output")
@@ -71,6 +77,8 @@ def lower(
     try:
         temporary.mkdir()
         _write(temporary, model, profiles, wanted, example_inputs, progress, measured, own)
+        if key is not None:
+            sign(temporary, key)
         _put_in_place(temporary, final)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else str(error)

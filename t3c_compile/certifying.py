@@ -32,6 +32,7 @@ from t3c_compile.conformal import CertificateError, ConformalCertificate, Profil
 from t3c_compile.drift import METRICS, Array, agrees, drifts, logits_of, scales
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, check_files, read_manifest, write_manifest
 from t3c_compile.runtime import Session, checked_inputs, load, refusal
+from t3c_compile.signing import Key, private_key, sign
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,11 +57,12 @@ def certify(
     target: str | None = None,
     progress: bool = False,
     resume: str | os.PathLike[str] | None = None,
+    key: Key | None = None,
 ) -> ConformalCertificate:
     """Certify every profile's drift from the full model, and write the certificate into the artifact's manifest.
 
     The compiled library itself runs: here, or under QEMU where the target is an arm64 one. The manifest is replaced in
-    one moment at the end.
+    one moment at the end; a signature of the old one is gone then.
 
     Args:
         path: the ``NAME.t3c`` folder.
@@ -72,12 +74,16 @@ def certify(
         delta: the chance that the samples mislead.
         target: whose library; the first that runs here by default.
         resume: a folder where finished batches are kept; after a call that was cut short it goes on from there.
+        key: an Ed25519 private key to sign the artifact with, a PEM file or its content as bytes.
 
     Raises:
         CertificateError: too few samples (it says how many are needed), no reference, or arrays that do not fit.
+        SigningKeyError: ``key`` is not such a key.
         InputError, ArtifactError: as for ``load`` and ``Session.run``.
     """
     folder = Path(path)
+    if key is not None:
+        private_key(key)  # what is wrong shows before the long work
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     count = _samples(inputs, manifest)
@@ -119,6 +125,8 @@ def certify(
         raise ArtifactError(f"{folder} was replaced while it was being certified: certify it again")
     manifest["targets"][name]["conformal"] = certificate.to_json()
     write_manifest(folder, manifest)
+    if key is not None:
+        sign(folder, key)
     return certificate
 
 

@@ -24,6 +24,7 @@ _FORMATS = {
     "mlir-tosa": "tosa",
     "mlir-stablehlo": "stablehlo",
 }
+_KEY_HELP = "Ed25519 private key to sign with, a PEM file"
 _DATA_HELP = "package.module:callable returning batches of (*inputs, labels)"
 
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--target", action="append", required=True, help="target name (see `targets`); may be repeated")
     c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
     c.add_argument("--records", help="file that `tune` wrote; its tiles go before the shipped ones")
+    c.add_argument("--sign", metavar="KEY", help=_KEY_HELP)
     c.add_argument("-o", "--output", required=True, help="artifact to write, such as MODEL.t3c")
 
     c = add("tune", _tune, "snap a model to profiles and tune their kernels on this machine, into a file of records")
@@ -99,7 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--alpha", type=float, default=0.05, help="share of inputs that may exceed a bound (default 0.05)")
     c.add_argument("--delta", type=float, default=0.05, help="chance that the samples mislead (default 0.05)")
     c.add_argument("--target", help="whose library (default: the first that runs here)")
+    c.add_argument("--sign", metavar="KEY", help=_KEY_HELP)
     c.add_argument("--resume", action="store_true", help="keep batches in ARTIFACT.resume until done, go on from there")
+
+    c = add("sign", _sign, "sign an artifact")
+    c.add_argument("artifact")
+    c.add_argument("--key", required=True, help=_KEY_HELP)
+
+    c = add("verify", _verify, "check an artifact's signature and the hash of every file")
+    c.add_argument("artifact")
+    c.add_argument("--key", required=True, help="Ed25519 public key, a PEM file")
 
     c = add("run", _run, "run an artifact on .npy inputs")
     c.add_argument("artifact")
@@ -109,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--max-drift", type=float, help="run the cheapest profile certified to drift less, in 2-norm")
     c.add_argument("--profile", help="run this profile instead of choosing by budget")
     c.add_argument("--target", help="which of the artifact's targets")
+    c.add_argument("--verify", metavar="KEY", help="run only what this Ed25519 public key (a PEM file) has signed")
     c.add_argument("-o", "--output", help=".npy file for the first output")
 
     c = add("inspect", _inspect, "show the profiles of an artifact or of an exported folder")
@@ -211,14 +223,18 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _lower(arguments: argparse.Namespace) -> None:
     from t3c_compile.artifact import lower
+    from t3c_compile.signing import private_key
 
+    if arguments.sign:
+        private_key(arguments.sign)  # what is wrong shows before the long work
     targets = [get_target(name) for name in arguments.target]
     for target in targets:
         require_lowerable(target)
     output = _writable(arguments.output)
     checkpoint, profiles = _snap(arguments, targets)
     inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
-    lower(checkpoint.model, profiles, targets, output, inputs, progress=progress, records=arguments.records)
+    records, key = arguments.records, arguments.sign
+    lower(checkpoint.model, profiles, targets, output, inputs, progress=progress, records=records, key=key)
     _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
 
 
@@ -300,10 +316,26 @@ def _certify(arguments: argparse.Namespace) -> None:
         target=arguments.target,
         progress=sys.stderr.isatty(),
         resume=folder,
+        key=arguments.sign,
     )
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     _inspect(arguments)
+
+
+def _sign(arguments: argparse.Namespace) -> None:
+    from t3c_compile.signing import sign
+
+    sign(arguments.artifact, arguments.key)
+    show("signed", [{"artifact": arguments.artifact}], arguments.json)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from t3c_compile.signing import verified_manifest
+
+    manifest = verified_manifest(Path(arguments.artifact), arguments.key)
+    check_files(Path(arguments.artifact), manifest)
+    show("whole, and signed with this key", [{"artifact": arguments.artifact, "key": arguments.key}], arguments.json)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -311,7 +343,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     from t3c_compile.runtime import InputError, load
 
-    session = load(arguments.artifact, arguments.target)
+    session = load(arguments.artifact, arguments.target, arguments.verify)
     try:
         inputs = [np.load(path, allow_pickle=False) for path in arguments.inputs] or _random_inputs(session.inputs)
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from t3c_compile.passes.errors import T3CError
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 STORE = "weights.safetensors"
 
 Manifest = dict[str, Any]
@@ -69,13 +70,27 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: it is missing or damaged, or of another schema.
     """
+    return parse_manifest(folder, manifest_bytes(folder))
+
+
+def manifest_bytes(folder: Path) -> bytes:
+    """The manifest of ``folder`` as it stands there. Raises :class:`ArtifactError`."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} is not a t3c artifact: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_bytes())
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def parse_manifest(folder: Path, data: bytes) -> Manifest:
+    """What :func:`read_manifest` returns, of ``data`` that :func:`manifest_bytes` has read."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(data)
         own = _own_sha256(manifest) if isinstance(manifest, dict) else None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}; lower the model again") from error
     _check_structure(path, manifest)
     if manifest["sha256"] != own:
@@ -85,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put ``manifest`` in the place of the one in ``folder``, in one moment: whenever this is cut short, the old one or
-    the new one stands there whole. It gets its own hash.
+    the new one stands there whole. It gets its own hash, and a signature of the old one is taken away.
 
     Raises:
         ArtifactError: it cannot be written; the old one is as it was.
@@ -97,6 +112,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        (folder / SIGNATURE).unlink(missing_ok=True)
         temporary.replace(folder / MANIFEST)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder / MANIFEST}: {error}; it is as it was") from error

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from t3c_compile.monitor import Monitor
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.store import read_store
 from t3c_compile.virtual_machine import VirtualMachine
+
+if TYPE_CHECKING:
+    from t3c_compile.signing import Key
 
 # A measured 90th percentile is taken this much larger when it is held against a budget.
 LATENCY_MARGIN = 1.1
@@ -231,18 +234,29 @@ class Session:
         return self._machine.array(self._functions[index](*tensors, self._weights))
 
 
-def load(path: str | os.PathLike[str], target: str | None = None) -> Session:
+def load(path: str | os.PathLike[str], target: str | None = None, verify: "Key | None" = None) -> Session:
     """Load an artifact for this machine.
+
+    The store is read as it was hashed; the library is hashed just before the system opens it by its path. Who may
+    write to the folder while it is loaded may run code in this process, as who may write to Python's packages may.
 
     Args:
         path: the ``NAME.t3c`` folder.
         target: the target to load when several of the artifact's fit this machine; the first that does by default.
+        verify: load only what the owner of this public key has signed: a PEM file, or its content as bytes. Needs the
+            package ``cryptography``.
 
     Raises:
         ArtifactError: missing, damaged or of a newer schema, or no target of it runs here.
+        SignatureError: (an ArtifactError) it is not signed with the key that belongs to ``verify``.
     """
     folder = Path(path)
-    manifest = read_manifest(folder)
+    if verify is None:
+        manifest = read_manifest(folder)
+    else:
+        from t3c_compile.signing import verified_manifest
+
+        manifest = verified_manifest(folder, verify)
     refusals = {name: refusal(entry) for name, entry in manifest["targets"].items() if target in (None, name)}
     for name, reason in refusals.items():
         if reason is None:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from nets import mlp
 
 from t3c_compile.checkpoint import Checkpoint
@@ -68,8 +70,13 @@ def test_from_a_model_to_a_running_artifact(folder: Path, capsys: pytest.Capture
     assert Checkpoint.load("b.pt").controller is not None
 
     lower = ["lower", "b.pt", "--data", "usermodule:data", "--target", "x86_64", "--profiles", "4", "-o", "m.t3c"]
-    rows = _run(capsys, *lower)
+    key = Ed25519PrivateKey.generate()
+    Path("key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    Path("public.pem").write_bytes(public)
+    rows = _run(capsys, *lower, "--sign", "key.pem")
     assert rows == _run(capsys, "inspect", "m.t3c")
+    assert _run(capsys, "verify", "m.t3c", "--key", "public.pem") == [{"artifact": "m.t3c", "key": "public.pem"}]
     assert rows[0]["target"] == "x86_64"
     assert [row["profile"] for row in rows] == [f"p{i}" for i in range(len(rows))]
     assert all(row["accuracy"] is not None and row["certificate"] > 0 for row in rows)
