@@ -6,6 +6,7 @@ Imports numpy and TVM's runtime library alone, neither torch nor the compiler.
 import os
 import platform
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from t3c_compile.backends import cpu
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.conformal import CertificateError, ConformalCertificate
 from t3c_compile.drift import Array, drifts, logits_of
+from t3c_compile.governor import Governor
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, open_file, read_manifest
 from t3c_compile.monitor import Monitor
 from t3c_compile.passes.errors import T3CError
@@ -133,6 +135,7 @@ class Session:
         certificate = entry.get("conformal")
         self._certificate = None if certificate is None else ConformalCertificate.from_json(certificate)
         self._monitor: Monitor | None = None
+        self._governor: Governor | None = None
         self._active = self.profiles[-1]
         self._lock = threading.Lock()
         with open_file(folder, manifest, STORE) as file:
@@ -160,21 +163,23 @@ class Session:
     @property
     def active(self) -> ProfileInfo:
         """The profile the next call without a budget runs."""
-        return self._active
+        governor = self._governor
+        return self._active if governor is None else self.profiles[governor.level]
 
     def set_budget(self, budget: Budget) -> ProfileInfo:
         """Make the profile that :func:`choose` finds active and return it; :class:`BudgetError` when none fits.
 
-        Switching copies no weight: every profile reads its prefix of the same packed tensors.
+        Switching copies no weight: every profile reads its prefix of the same packed tensors. A governor is ended.
         """
-        self._active = choose(self.profiles, budget)
-        return self._active
+        profile = choose(self.profiles, budget)
+        self._active, self._governor = profile, None
+        return profile
 
     def set_profile(self, name: str) -> ProfileInfo:
-        """Make the profile called ``name`` active; :class:`BudgetError` names those there are."""
+        """Make the profile called ``name`` active, and end a governor; :class:`BudgetError` names those there are."""
         for profile in self.profiles:
             if profile.name == name:
-                self._active = profile
+                self._active, self._governor = profile, None
                 return profile
         raise BudgetError(f"there is no profile {name!r}; there are {', '.join(p.name for p in self.profiles)}")
 
@@ -192,6 +197,23 @@ class Session:
         bounds = [entry.to_greatest for entry in certificate.profiles]
         self._monitor = Monitor(bounds, certificate.alpha, fraction, significance, seed)
         return self._monitor
+
+    def governor(self, slo_ms: float, violations: float = 0.01) -> Governor:
+        """From now on a :class:`~t3c_compile.governor.Governor` chooses the profile of every call, in place of an
+        earlier one: the greatest that keeps calls within ``slo_ms``, from :meth:`run` called to its return, waiting for
+        other threads included. Ended by :meth:`set_budget`, :meth:`set_profile`, or a call with a budget.
+
+        Args:
+            slo_ms: milliseconds a call may take.
+            violations: the share of calls that may take longer. Profiles are raised after ``1 / violations`` calls.
+
+        Raises:
+            T3CError: one of the two is out of range.
+        """
+        costs = [profile.latency_ms for profile in self.profiles]
+        fitting = [p.index for p in self.profiles if p.fits(Budget(latency_ms=slo_ms))] if slo_ms > 0 else []
+        self._governor = Governor(costs, slo_ms, violations, max(fitting, default=0))
+        return self._governor
 
     def _certified(self) -> ConformalCertificate:
         if self._certificate is None:
@@ -214,11 +236,15 @@ class Session:
             BudgetError: no profile fits the budget.
             CertificateError: ``certificate``, or a budget of drift, and the artifact is not certified for this target.
         """
-        profile = self._active if budget is None else self.set_budget(budget)
+        began = time.perf_counter()
+        governor = self._governor if budget is None else None
+        profile = self.active if budget is None else self.set_budget(budget)
         arrays = checked_inputs(inputs, self.inputs)
         certified = self._certified() if certificate else None
         with self._lock:
             outputs = self._call(profile.index, arrays)
+            if governor is not None:
+                governor.observe(profile.index, 1e3 * (time.perf_counter() - began))
             if self._monitor is not None and self._monitor.chooses(profile.index):
                 greatest = logits_of(self._call(len(self.profiles) - 1, arrays))
                 self._monitor.observe(profile.index, drifts(greatest, logits_of(outputs))["l2"])
