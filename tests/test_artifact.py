@@ -248,29 +248,44 @@ def test_measured_latency_keeps_a_margin() -> None:
 
 
 def test_threads_share_a_session(built: Built) -> None:
-    """Eight threads run and switch; every output is one profile's, computed whole."""
+    """32 threads run and switch, ``T3C_THREAD_SECONDS`` long (2): every output is one profile's, computed whole."""
     session = t3c_compile.load(built.path)
     x = built.x.numpy()
     expected = []
     for profile in session.profiles:
         session.set_profile(profile.name)
         expected.append(session.run(x))
+    end = time.monotonic() + float(os.environ.get("T3C_THREAD_SECONDS", "2"))
     wrong: list[str] = []
+    calls = [0] * 32
 
     def work(seed: int) -> None:
         generator = np.random.default_rng(seed)
-        for _ in range(100):
-            index = int(generator.integers(len(session.profiles)))
-            found = session.run(x, budget=Budget(size_mb=session.profiles[index].size_mb))
-            if not np.array_equal(found, expected[index]):
-                wrong.append(f"thread {seed}, profile {index}")
+        while time.monotonic() < end:
+            index, start = int(generator.integers(len(expected))), int(generator.integers(len(x)))
+            possible = [index]
+            if (way := generator.integers(4)) == 0:
+                found = session.run(x[start:], budget=Budget(size_mb=session.profiles[index].size_mb))
+            else:
+                # Another thread may switch before this one's call; it is one of the profiles still.
+                possible = list(range(len(expected)))
+                if way == 1:
+                    session.set_profile(f"p{index}")
+                elif way == 2:
+                    session.governor(slo_ms=float(generator.choice((0.01, 100))), violations=0.5)
+                found = session.run(x[start:])
+            if not any(np.array_equal(found, expected[i][start:]) for i in possible):
+                wrong.append(f"thread {seed}, call {calls[seed]}, profile {index}")
+            calls[seed] += 1
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert min(calls) > 0
+    print(f"{sum(calls)} calls of {len(calls)} threads")
 
 
 class _FixedBatch(torch.nn.Module):
