@@ -1,6 +1,7 @@
 # make demo     install and run the demo
 # make test     install everything and run the tests
-# make fuzz     3000 random graphs
+# make fuzz     3000 random graphs, 100,000 damaged files
+# make kills    50 kills of each of train, tune, lower and certify
 # make check    lint, formatting, types
 # make runner   the runner without Python, for this machine and for arm64, in build/runner
 # make help     all targets
@@ -13,10 +14,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 PACKAGE := --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check arm64-root runner clean
+.PHONY: help demo test fuzz kills check arm64-root runner clean
 
 help:
-	@echo "make demo | test | fuzz | check | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
+	@echo "make demo | test | fuzz | kills | check | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
 
 demo: .venv/installed
 	@$(BIN)/python scripts/arm64_root.py || echo "arm64 is left out of the demo: see the line above"
@@ -27,9 +28,13 @@ test: .venv/installed-dev
 	@$(BIN)/python scripts/arm64_root.py || test "$$CI" != true
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# Random graphs, ten times as many as in `make test`; it prints the seed, the refusals and their reasons.
+# Many times as many random graphs and damaged files as in `make test`; it prints the seeds, the refusals and reasons.
 fuzz: .venv/installed-dev
 	T3C_FUZZ_CASES=3000 $(BIN)/python -m pytest tests/test_random_graphs.py
+	T3C_FUZZ_LOADS=100000 $(BIN)/python -m pytest tests/test_loader_fuzz.py
+
+kills: .venv/installed-dev
+	T3C_KILLS=50 $(BIN)/python -m pytest tests/test_kills.py
 
 # mypy does not follow setuptools' mapping of passes/ and backends/: build/typed is the package as it is installed.
 check: .venv/installed-dev

@@ -22,8 +22,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-SECONDS, BYTES = 20, 1 << 30
-"""What one mutation may take, and all of them beyond what the process has at its start."""
+SECONDS, BLOCKED, BYTES = 10, 300, 1 << 30
+"""Of processor and of waiting that one mutation may take, and what all may beyond what the process has at its start."""
 
 JUNK: list[Any] = [None, True, -1, 0, 1, 10**30, 10**400, 1e308, float("nan"), float("-inf"), 0.5, "", "x", "\ud800"]
 JUNK += ["\0", "../../x", "/etc/passwd", "/dev/zero", ".", "[/b]", '"); import os; os.abort(); ("', "a" * 5000]
@@ -353,14 +353,16 @@ def main(group: str, folder: str, first: str, count: str) -> None:
     limit = pages * resource.getpagesize() + BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     # A process that hangs, in Python or below it, is ended.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for ends in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(ends, signal.SIG_DFL)
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
-    shares = SHARES[group]
+    shares, results, last = SHARES[group], Path(folder) / f"{group}.json", int(first) + int(count) - 1
     with (Path(folder) / f"{group}.seed").open("w") as place:
-        for seed in range(int(first), int(first) + int(count)):
+        for seed in range(int(first), last + 1):
             os.pwrite(place.fileno(), f"{seed:<20}".encode(), 0)
-            signal.alarm(SECONDS)
+            signal.alarm(BLOCKED)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             rng = random.Random(seed)
             (kind,) = rng.choices(list(shares), list(shares.values()))
             try:
@@ -368,8 +370,8 @@ def main(group: str, folder: str, first: str, count: str) -> None:
             except Exception as error:
                 failures.append(f"{kind} {seed}: {type(error).__name__}: {str(error)[:300]}")
                 readers = [make(Path(folder)) for make in makers]
-    signal.alarm(0)
-    (Path(folder) / f"{group}.json").write_text(json.dumps({"outcomes": outcomes, "failures": failures}))
+            if seed % 100 == 0 or seed == last:
+                results.write_text(json.dumps({"outcomes": outcomes, "failures": failures}))
 
 
 if __name__ == "__main__":
