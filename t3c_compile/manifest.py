@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -178,6 +180,11 @@ def _check_structure(path: Path, manifest: Any) -> None:
         raise ArtifactError(f"{path} is damaged: {wrong}")
     if not manifest["profiles"] or not manifest["targets"]:
         raise ArtifactError(f"{path} is damaged: it has no profiles or no targets")
+    for low, high in pairwise(manifest["profiles"]):
+        if not _nested(low["options"], high["options"]):
+            raise ArtifactError(
+                f"{path} is damaged: a layer of {low['name']} has more rank or bits than in the next one"
+            )
     for name in manifest["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ArtifactError(f"{path} is damaged: bad file entry {name!r}")
@@ -202,6 +209,13 @@ def _check_structure(path: Path, manifest: Any) -> None:
         for name in (entry["library"], STORE):
             if name not in manifest["files"]:
                 raise ArtifactError(f"{path} is damaged: {name} has no hash")
+
+
+def _nested(low: Mapping[str, Any], high: Mapping[str, Any]) -> bool:
+    """Whether no layer of a profile has a lower rank or fewer bits than in the profile before it."""
+    return low.keys() == high.keys() and all(
+        low[layer]["rank"] <= high[layer]["rank"] and low[layer]["bits"] <= high[layer]["bits"] for layer in low
+    )
 
 
 def _mismatch(value: Any, shape: Any, place: str) -> str | None:

@@ -350,6 +350,10 @@ def test_damage_is_found_before_anything_is_used(built: Built, tmp_path: Path) -
         (lambda p: _edit(p, lambda m: m.pop("schema")), "no schema version"),
         (lambda p: _edit(p, lambda m: m.pop("profiles")), "profiles is missing"),
         (lambda p: _edit(p, lambda m: m["profiles"].pop()), "functions"),
+        (
+            lambda p: _edit(p, lambda m: m["profiles"][0]["options"]["head"].update(bits=9)),
+            "a layer of p0 has more rank",
+        ),
         (lambda p: _edit(p, lambda m: m["files"].pop(library)), "has no hash"),
         (lambda p: _edit(p, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})), "bad file entry"),
         (lambda p: _edit(p, lambda m: m["profiles"][0].pop("quality")), "profiles/0/quality is missing"),
