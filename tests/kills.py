@@ -142,7 +142,7 @@ class Lower(_Profiles):
 
     def check(self, folder: Path) -> None:
         """Whatever can be loaded, the hidden folder of a killed run too, gives the right outputs."""
-        for path in folder.glob("*.t3c*"):
+        for path in folder.glob("net.t3c*"):
             _in_a_process(lambda path=path: self._right(path))  # type: ignore[misc]
         for path in folder.glob(".*"):
             _in_a_process(lambda path=path: self._right(path, hidden=True))  # type: ignore[misc]

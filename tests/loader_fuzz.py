@@ -59,6 +59,7 @@ def mutated_json(value: Any, rng: random.Random) -> Any:
         elif kind == 5 and rng.random() < 0.1:
             for _ in range(rng.choice((10, 500, 100_000))):
                 place[key] = [place[key]] if rng.random() < 0.5 else {"tuple": place[key]}
+            break
         else:
             place[key] = deepcopy(rng.choice(JUNK))
     return root["root"]
