@@ -13,7 +13,9 @@
 namespace t3c {
 namespace {
 
-constexpr int kSchema = 2;
+constexpr int kSchema = 3;
+constexpr size_t kDigits = 64;
+constexpr char kEnd[] = "\"\n}";  // after the hash of the manifest, which stands last
 
 bool is_file(const std::string& path, int64_t* bytes = nullptr) {
   struct stat found;
@@ -31,23 +33,37 @@ void check_schema(const std::string& path, const Json& manifest) {
                                     std::to_string(kSchema) + ": " + way_out);
 }
 
+// A manifest's hash is that of the same bytes with zeros in its place.
+void check_own_hash(const std::string& path, std::string text, const Json& manifest) {
+  std::string held = manifest.at("sha256").text(), tail = held + kEnd;
+  if (held.size() == kDigits && text.size() > tail.size() && text.substr(text.size() - tail.size()) == tail) {
+    text.replace(text.size() - tail.size(), kDigits, kDigits, '0');
+    if (sha256_of(text) == held) return;
+  }
+  throw Error(T3C_BAD_ARTIFACT, path + " is damaged: its SHA-256 is not the one it holds; lower the model again");
+}
+
 bool leaves_its_folder(const std::string& name) {
   return name.empty() || name[0] == '/' || ("/" + name + "/").find("/../") != name.npos;
 }
 
-void check_file(const std::string& folder, const std::string& name, const Json& entry) {
+}  // namespace
+
+void check_file(const std::string& folder, const Manifest& manifest, const std::string& name) {
   std::string path = folder + "/" + name;
-  if (leaves_its_folder(name)) entry.fail("bad file entry '" + name + "'");
-  int64_t bytes, expected = entry.at("bytes").integer();
+  const File& entry = manifest.files.at(name);
+  int64_t bytes;
   if (!is_file(path, &bytes)) throw Error(T3C_BAD_ARTIFACT, folder + " is incomplete: " + name + " is missing");
-  if (bytes != expected) {
+  if (bytes != entry.bytes) {
     throw Error(T3C_BAD_ARTIFACT, path + " is truncated or changed: " + std::to_string(bytes) + " bytes, " +
-                                      std::to_string(expected) + " expected");
+                                      std::to_string(entry.bytes) + " expected");
   }
-  if (sha256_of_file(path) != entry.at("sha256").text()) {
+  if (sha256_of_file(path) != entry.sha256) {
     throw Error(T3C_BAD_ARTIFACT, path + " is damaged: its SHA-256 is not the manifest's; lower the model again");
   }
 }
+
+namespace {
 
 Input read_input(const Json& entry) {
   Input input{entry.at("name").text(), entry.at("dtype").text(), {}};
@@ -89,7 +105,8 @@ Manifest read_manifest(const std::string& folder) {
   std::string path = folder + "/manifest.json";
   if (!is_file(path)) throw Error(T3C_BAD_ARTIFACT, folder + " is not a t3c artifact: it has no manifest.json");
   std::ifstream file(path, std::ios::binary);
-  Json json = Json::parse(path, std::string(std::istreambuf_iterator<char>(file), {}));
+  std::string text(std::istreambuf_iterator<char>(file), {});
+  Json json = Json::parse(path, text);
   check_schema(path, json);
 
   Manifest manifest;
@@ -106,7 +123,11 @@ Manifest read_manifest(const std::string& folder) {
       if (!files.find(name)) json.fail(name + " has no hash");
     }
   }
-  for (const auto& [name, entry] : files.items()) check_file(folder, name, entry);
+  for (const auto& [name, entry] : files.items()) {
+    if (leaves_its_folder(name)) entry.fail("bad file entry '" + name + "'");
+    manifest.files[name] = {entry.at("bytes").integer(), entry.at("sha256").text()};
+  }
+  check_own_hash(path, text, json);
   return manifest;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -40,13 +41,22 @@ struct Target {
   std::vector<Pack> packs;
 };
 
+// What the manifest says of a file.
+struct File {
+  int64_t bytes;
+  std::string sha256;
+};
+
 struct Manifest {
   std::vector<Input> inputs;
   std::vector<Target> targets;
+  std::map<std::string, File> files;
 };
 
-// Reads and checks `folder`: schema version, structure, and size and SHA-256 of every file. Error says which file is
-// missing, truncated or changed, or that the schema is another.
+// Reads the manifest of `folder` and checks its schema version, structure and own hash. Error says what is wrong.
 Manifest read_manifest(const std::string& folder);
+
+// Checks size and SHA-256 of the file `name`. Error says that it is missing, truncated or changed.
+void check_file(const std::string& folder, const Manifest& manifest, const std::string& name);
 
 }  // namespace t3c

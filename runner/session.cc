@@ -87,6 +87,12 @@ Target pick(const std::string& folder, std::vector<Target>& targets, const char*
   throw Error(T3C_BAD_ARTIFACT, "no target of " + folder + " runs here: " + refusals);
 }
 
+// The path of a file that is as the manifest says.
+std::string checked(const std::string& folder, const Manifest& manifest, const std::string& name) {
+  check_file(folder, manifest, name);
+  return folder + "/" + name;
+}
+
 std::vector<std::string> functions(const Target& target) {
   std::vector<std::string> names;
   for (const Profile& profile : target.profiles) names.push_back(profile.function);
@@ -132,15 +138,15 @@ Session::Session(const std::string& folder, Manifest manifest, const char* targe
     : inputs_(std::move(manifest.inputs)),
       target_(pick(folder, manifest.targets, target)),
       active_(target_.profiles.size() - 1),
-      store_(folder + "/" + kStore),
+      store_(checked(folder, manifest, kStore)),
       memory_(active_, {}) {
   std::vector<std::vector<Tensor>> stored;
   for (const Pack& pack : target_.packs) {
     stored.emplace_back();
     for (const std::string& name : pack.tensors) stored.back().push_back(store_.at(name));
   }
-  // Everything was checked: here is the first code of the artifact.
-  machine_.emplace(folder + "/" + target_.library, functions(target_));
+  // Everything that is used was checked: here is the first code of the artifact.
+  machine_.emplace(checked(folder, manifest, target_.library), functions(target_));
   // Packed once, for all profiles, and pages of the store are let go as that goes on.
   for (size_t i = 0; i < stored.size(); ++i) {
     machine_->pack(target_.packs[i].function, stored[i]);

@@ -51,10 +51,9 @@ void add_block(std::array<uint32_t, 8>& state, const uint8_t* block) {
   for (int i = 0; i < 8; ++i) state[i] += add[i];
 }
 
-}  // namespace
+using Stream = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
 
-std::string sha256_of_file(const std::string& path) {
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
+std::string digest(const std::string& path, const Stream& file) {
   if (!file) throw Error(T3C_BAD_ARTIFACT, path + " cannot be read");
   std::array<uint32_t, 8> state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                                    0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
@@ -82,6 +81,16 @@ std::string sha256_of_file(const std::string& path) {
     text += digits;
   }
   return text;
+}
+
+}  // namespace
+
+std::string sha256_of_file(const std::string& path) {
+  return digest(path, Stream(std::fopen(path.c_str(), "rb"), &std::fclose));
+}
+
+std::string sha256_of(std::string bytes) {
+  return digest("memory", Stream(fmemopen(bytes.data(), bytes.size(), "rb"), &std::fclose));
 }
 
 }  // namespace t3c

@@ -21,6 +21,9 @@ STORE = "weights.safetensors"
 
 Manifest = dict[str, Any]
 
+# How a manifest ends before its hash is there.
+_NO_HASH = b"0" * 64 + b'"\n}'
+
 _NUMBER = (int, float)
 _COST = {"latency_ms": _NUMBER, "energy_mj": _NUMBER, "source": str}
 _OPTION = {"form": str, "rank": int, "bits": int}
@@ -91,11 +94,10 @@ def parse_manifest(folder: Path, data: bytes) -> Manifest:
     path = folder / MANIFEST
     try:
         manifest = json.loads(data)
-        own = _own_sha256(manifest) if isinstance(manifest, dict) else None
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}; lower the model again") from error
     _check_structure(path, manifest)
-    if manifest["sha256"] != own:
+    if data != _with_hash(data[: -len(_NO_HASH)]):
         raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one it holds; lower the model again")
     return manifest  # type: ignore[no-any-return]
 
@@ -107,11 +109,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         ArtifactError: it cannot be written; the old one is as it was.
     """
-    manifest["sha256"] = _own_sha256(manifest)
+    data = sealed(manifest)
     temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         (folder / SIGNATURE).unlink(missing_ok=True)
@@ -162,10 +164,15 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         open_file(folder, manifest, name).close()
 
 
-def _own_sha256(manifest: Manifest) -> str:
-    """Of all that a manifest says but this."""
+def sealed(manifest: Manifest) -> bytes:
+    """A manifest as it is written, with its own hash last: that of the same bytes with zeros in its place."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return _with_hash(json.dumps(rest | {"sha256": "0" * 64}, indent=1).encode()[: -len(_NO_HASH)])
+
+
+def _with_hash(start: bytes) -> bytes:
+    digest = hashlib.sha256(start + _NO_HASH).hexdigest().encode()
+    return start + digest + _NO_HASH[len(digest) :]
 
 
 def _check_structure(path: Path, manifest: Any) -> None:

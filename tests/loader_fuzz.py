@@ -148,16 +148,17 @@ class Artifacts:
         else:
             sealed = kind == "manifest sealed"
             changed = mutated_json(changed, rng)
+        seal: bytes | None = None
         if sealed:
             for name, data in written.items():
                 (self.path / name).write_bytes(data)
                 changed["files"][name] = self._manifest.described(self.path / name)
             try:
-                changed["sha256"] = self._manifest._own_sha256(changed)
+                seal = self._manifest.sealed(changed)
             except (TypeError, AttributeError, RecursionError, ValueError):
                 sealed = False
         if changed != self.manifest:
-            written["manifest.json"] = dumped(changed).encode()
+            written["manifest.json"] = seal or dumped(changed).encode()
         for name, data in written.items():
             (self.path / name).write_bytes(data)
         same = all((self.good / name).read_bytes() == data for name, data in written.items())

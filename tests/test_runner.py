@@ -19,7 +19,7 @@ import t3c_compile
 from t3c_compile import ArtifactError, Budget, BudgetError, snapping
 from t3c_compile.artifact import lower
 from t3c_compile.backends.targets import get_target
-from t3c_compile.manifest import MANIFEST, STORE, sha256
+from t3c_compile.manifest import MANIFEST, STORE, described, sealed
 from t3c_compile.transforming import transform
 
 REPO = Path(__file__).resolve().parent.parent
@@ -192,7 +192,7 @@ def test_the_list_is_the_sessions(built: Built, host: Path) -> None:
 def _edit(path: Path, change: Callable[[Any], Any]) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / MANIFEST).write_bytes(sealed(manifest))
 
 
 def _certified_and_measured(manifest: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_budget_chooses_as_the_session_does(
 
 def test_damage_is_refused_as_the_session_refuses_it(built: Built, host: Path, tmp_path: Path) -> None:
     entry = json.loads((built.path / MANIFEST).read_text())["targets"]
-    here, other = entry["x86_64"]["library"], entry["arm64"]["library"]
+    here = entry["x86_64"]["library"]
 
     def edit(change: Callable[[Any], Any]) -> Callable[[Path], None]:
         return lambda path: _edit(path, change)
@@ -253,7 +253,8 @@ def test_damage_is_refused_as_the_session_refuses_it(built: Built, host: Path, t
         lambda p: (p / STORE).unlink(),
         lambda p: os.truncate(p / STORE, 1000),
         lambda p: _flip(p / STORE),
-        lambda p: _flip(p / other),
+        lambda p: _flip(p / MANIFEST),
+        lambda p: _flip(p / here),
         edit(lambda m: m.update(schema=1)),
         edit(lambda m: m.update(schema=True)),
         edit(lambda m: m.pop("schema")),
@@ -281,7 +282,7 @@ def test_damage_is_refused_as_the_session_refuses_it(built: Built, host: Path, t
     ours: list[tuple[Callable[[Path], Any], str]] = [
         (edit(lambda m: m["targets"]["x86_64"]["functions"].__setitem__(0, "f")), "loaded: it has no function f"),
         (edit(lambda m: m["targets"]["x86_64"].update(packs={})), "failed: "),
-        (edit(lambda m: m.update(schema=99)), "has schema 99, this version reads 2: build a newer runner"),
+        (edit(lambda m: m.update(schema=99)), "has schema 99, this version reads 3: build a newer runner"),
         (lambda p: os.truncate(p / MANIFEST, 300), "manifest.json is damaged: "),
         (lambda p: (p / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged: it is nested too deeply"),
         (lambda p: _rewrite_store(p, b"\xff" * 8), "weights.safetensors is damaged: it ends within its header"),
@@ -308,7 +309,7 @@ def _flip(path: Path) -> None:
 def _rewrite_store(path: Path, data: bytes) -> None:
     """Another store, with the hash the manifest says."""
     (path / STORE).write_bytes(data)
-    _edit(path, lambda m: m["files"].update({STORE: {"bytes": len(data), "sha256": sha256(path / STORE)}}))
+    _edit(path, lambda m: m["files"].update({STORE: described(path / STORE)}))
 
 
 def test_no_code_is_loaded_before_the_checks(built: Built, host: Path, tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_no_code_is_loaded_before_the_checks(built: Built, host: Path, tmp_path:
     assert (done.returncode, done.stdout) == (4, "")
     assert f"{name} is damaged: its SHA-256 is not the manifest's" in done.stderr
     # With its hash in the manifest it is loaded, and is none of ours.
-    _edit(path, lambda m: m["files"][name].update(sha256=sha256(path / name)))
+    _edit(path, lambda m: m["files"].update({name: described(path / name)}))
     done = _run(host / "t3c-run", path, "--list")
     assert (done.returncode, done.stdout) == (4, "loaded\n")
     assert f"{name} cannot be loaded: " in done.stderr
