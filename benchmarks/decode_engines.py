@@ -82,7 +82,8 @@ def _prepare_t3c(decoder: Any, inputs: tuple[Any, ...], bits: int, folder: Path)
     elastic.set_activation_dtype("float32")
     options = {name: Option("dense", 0, bits) for name, _ in elastic_layers(elastic)}
     cost = {"latency_ms": 0.0, "energy_mj": 0.0, "source": "none"}
-    profile = Profile("p0", options, {name: {} for name in options}, 0, costs={"x86_64": cost})
+    none: dict[str, dict[str, tuple[float, int]]] = {name: {} for name in options}
+    profile = Profile("p0", options, none, 0, {"kl": 0.0}, {"bound": 0.0}, {"x86_64": cost})
     path = folder / "model.t3c"
     t3c_compile.lower(elastic, ProfileSet([profile], "by hand"), ["x86_64"], path, traced, measured=False)
 
