@@ -84,8 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--minutes", type=float, default=15.0, help="of measuring at the most (default 15)")
     c.add_argument("--threads", type=int, help="that kernels run on (default: all cores)")
     c.add_argument("--report", action="store_true", help="only show how each kernel stands")
-    c.add_argument("--rpc", metavar="HOST:PORT", help="measure on this TVM RPC server")
-    c.add_argument("--key", default="", help="of the RPC server")
+    remote = c.add_mutually_exclusive_group()
+    remote.add_argument("--rpc", metavar="HOST:PORT", action="append", help="measure on a TVM RPC server; repeatable")
+    remote.add_argument("--tracker", metavar="HOST:PORT", help="measure on all devices of a TVM tracker with the key")
+    c.add_argument("--key", default="", help="of the RPC servers")
 
     c = add("export", _export, "snap a model to profiles and write each as a file for other runtimes")
     _add_model(c)
@@ -242,7 +244,8 @@ def _tune(arguments: argparse.Namespace) -> None:
     from t3c_compile.tuning import open_records, tune
 
     target = get_target(arguments.target) if arguments.target else host_target()
-    open_records(_writable(arguments.records), target, arguments.rpc)  # what is wrong shows before the long work
+    # What is wrong shows before the long work.
+    open_records(_writable(arguments.records), target, remote=bool(arguments.rpc or arguments.tracker))
     checkpoint, profiles = _snap(arguments, [target])
     rows = tune(
         checkpoint.model,
@@ -252,8 +255,9 @@ def _tune(arguments: argparse.Namespace) -> None:
         checkpoint.example_inputs,
         minutes=0 if arguments.report else arguments.minutes,
         threads=arguments.threads,
-        device=arguments.rpc,
-        device_key=arguments.key,
+        rpc=arguments.rpc or (),
+        tracker=arguments.tracker,
+        key=arguments.key,
         progress=sys.stderr.isatty(),
     )
     show(f"kernels of all profiles, those with the most time first: {arguments.records}", rows, arguments.json)

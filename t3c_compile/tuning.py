@@ -1,6 +1,8 @@
 """``tune``: the kernels of a model's profiles get the tile sizes that are measured fastest."""
 
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +27,8 @@ class TuningError(T3CError):
     """Tuning cannot begin; the message says what to do."""
 
 
-def open_records(path: str | os.PathLike[str], target: Target, device: str | None = None) -> "RecordsFile":
-    """The file of records of what ``target`` measures, here or on ``device``; made where there is none.
+def open_records(path: str | os.PathLike[str], target: Target, remote: bool = False) -> "RecordsFile":
+    """The file of records of what ``target`` measures, here or on ``remote`` devices; made where there is none.
 
     Raises:
         UnsupportedTargetError: no backend compiles for the target.
@@ -35,14 +37,14 @@ def open_records(path: str | os.PathLike[str], target: Target, device: str | Non
     """
     require_lowerable(target)
     reason = refusal({"machine": machine(target), "features": target.features})
-    if device is None and reason is not None:
+    if not remote and reason is not None:
         raise TuningError(
             f"target {target.name} cannot be measured on this machine: {reason}. Name a device that runs it "
-            "(--rpc HOST:PORT), or lower with the shipped records"
+            "(--rpc HOST:PORT or --tracker HOST:PORT), or lower with the shipped records"
         )
     from t3c_compile.backends.tvm.tuning.records import RecordsFile, cpu_of
 
-    return RecordsFile(Path(path), cpu_of(target, remote=device is not None))
+    return RecordsFile(Path(path), cpu_of(target, remote))
 
 
 def tune(
@@ -53,8 +55,9 @@ def tune(
     example_inputs: tuple[Tensor, ...],
     minutes: float = 15.0,
     threads: int | None = None,
-    device: str | None = None,
-    device_key: str = "",
+    rpc: Sequence[str] = (),
+    tracker: str | None = None,
+    key: str = "",
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure tile sizes for every kernel of ``profiles`` and add what was found to the file ``records``.
@@ -66,7 +69,9 @@ def tune(
         example_inputs: what the graphs are traced with, as for ``transform``; a free batch is measured as 1.
         minutes: of measuring, after each kernel was measured as it is now. 0 only measures what is not in ``records``.
         threads: how many the kernels run on; all cores of the target unless given.
-        device: ``HOST:PORT`` of a TVM RPC server that measures instead of this machine, by its ``device_key``.
+        rpc: ``HOST:PORT`` of TVM RPC servers that measure side by side instead of this machine, by their ``key``.
+        tracker: ``HOST:PORT`` of a TVM RPC tracker, all of whose devices with that ``key`` measure. A device that is
+            lost drops out, the others take up what it was at.
 
     Returns:
         A row a kernel, those with the most time first: its shape, calls in all profiles together, microseconds a call,
@@ -75,18 +80,20 @@ def tune(
 
     Raises:
         TuningError, RecordsError: as for :func:`open_records`.
-        DeviceError: the process that measures cannot be started.
+        DeviceError: there is no device, or none is left; what was measured until then is recorded.
         UnknownTargetError, UnsupportedOpError: as for ``lower``.
     """
     wanted = get_target(target) if isinstance(target, str) else target
-    file = open_records(records, wanted, device)
+    file = open_records(records, wanted, bool(rpc or tracker))
     from t3c_compile.backends.tvm.kernels.isa import isa_for
     from t3c_compile.backends.tvm.tuning.collect import measured_sizes, workloads_of
+    from t3c_compile.backends.tvm.tuning.farm import find_devices
     from t3c_compile.backends.tvm.tuning.records import Tuned
     from t3c_compile.backends.tvm.tuning.runner import Runner
     from t3c_compile.backends.tvm.tuning.search import Search
 
     threads = threads or int(str(wanted.tvm["num-cores"]))
+    devices = find_devices(rpc, tracker, key)
     programs, store = export_profiles(model, profiles, example_inputs)
     workloads = workloads_of(programs, isa_for(wanted))
     sizes = measured_sizes(programs)
@@ -95,8 +102,9 @@ def tune(
         return []
     shipped = Tuned(wanted, threads=threads)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Runner(wanted, threads, device, device_key) as runner, Progress(*columns, disable=not progress) as bar:
-        search = Search(workloads, wanted, file, runner, threads, sizes, shipped.tiles)
+    with ExitStack() as stack, Progress(*columns, disable=not progress) as bar:
+        runners = [stack.enter_context(Runner(wanted, threads, device)) for device in devices]
+        search = Search(workloads, wanted, file, runners, threads, sizes, shipped.tiles)
         peak = search.peak()
         first = bar.add_task("kernels as they are", total=len(workloads))
         search.baseline(lambda number, count: bar.update(first, completed=number, total=count))

@@ -42,7 +42,7 @@ from t3c_compile.backends.tvm.tuning.records import (
     read,
     write_best,
 )
-from t3c_compile.backends.tvm.tuning.runner import DeviceError, Runner
+from t3c_compile.backends.tvm.tuning.runner import DeviceError, Remote, Runner
 from t3c_compile.backends.tvm.tuning.search import Search
 from t3c_compile.backends.tvm.tuning.workload import Workload
 from t3c_compile.cli import main
@@ -235,7 +235,7 @@ def search(path: Path, runner: Runner, seconds: float = 1e9) -> Search:
         Workload(ISA, LinearSpec(("s0", 7), 64, 96, 8)): 1,
     }
     file = RecordsFile(path, "test")
-    found = Search(workloads, TARGET, file, runner, 1, {"s0": 4}, lambda _: ())
+    found = Search(workloads, TARGET, file, [runner], 1, {"s0": 4}, lambda _: ())
     found.baseline(lambda number, count: None)
     found.run(seconds, lambda elapsed: None)
     return found
@@ -307,18 +307,21 @@ def test_measuring_on_an_rpc_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_NUM_THREADS", "1")
     server = rpc.Server(host="127.0.0.1", key="device", silent=True)
     try:
-        with Runner(TARGET, 1, f"127.0.0.1:{server.port}", "device") as runner:
+        with Runner(TARGET, 1, Remote(f"127.0.0.1:{server.port}", "device")) as runner:
             found = runner.measure(runner.compile({"peak": peak(ISA)}), ["peak"], peak_arguments(ISA), 3)
             assert found is not None
             assert found.shape == (3, 1)
         with (
-            Runner(TARGET, 2, f"127.0.0.1:{server.port}", "device") as runner,
+            Runner(TARGET, 2, Remote(f"127.0.0.1:{server.port}", "device")) as runner,
             pytest.raises(DeviceError, match="runs 1 threads, not 2: start its RPC server with TVM_NUM_THREADS=2"),
         ):
             runner.measure(Path("never.so"), [], [], 1)
     finally:
         server.terminate()
-    with Runner(TARGET, 1, f"127.0.0.1:{server.port}", "device") as runner, pytest.raises(DeviceError, match="start"):
+    with (
+        Runner(TARGET, 1, Remote(f"127.0.0.1:{server.port}", "device")) as runner,
+        pytest.raises(DeviceError, match="does not answer"),
+    ):
         runner.measure(Path("never.so"), [], [], 1)
 
 

@@ -1,8 +1,11 @@
 """The search: which tiles are measured next, and what is kept."""
 
+import logging
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +16,8 @@ from t3c_compile.backends.tvm.tuning.peak import peak, peak_arguments, peak_oper
 from t3c_compile.backends.tvm.tuning.records import KEPT_BELOW, Record, RecordsFile, best
 from t3c_compile.backends.tvm.tuning.runner import DeviceError, Runner
 from t3c_compile.backends.tvm.tuning.workload import Sizes, Workload
+
+_log = logging.getLogger(__name__)
 
 _BATCH = 6  # candidates a library: compiling one costs as much as linking
 _ROUNDS, _ROUNDS_OF_WINNERS = 15, 45
@@ -40,6 +45,10 @@ class Standing:
 class Search:
     """Tunes ``workloads`` (with how often each is called) on ``threads`` threads into ``records``.
 
+    Each of ``runners`` measures another workload beside the others, which is fair since a tile is compared with the
+    default in the same rounds on the same device. A runner whose device is lost drops out: what it was at is recorded
+    by nobody, and so the others take it up.
+
     For each workload: the default and the shipped tiles, then one product after another, its candidates in the order of
     their cost model with the other products at their best. It is always the turn of the workload with the most time
     for each batch of candidates it has had. What ``records`` holds is not measured again, so that a search that was
@@ -51,7 +60,7 @@ class Search:
         workloads: Mapping[Workload, int],
         target: Target,
         records: RecordsFile,
-        runner: Runner,
+        runners: Sequence[Runner],
         threads: int,
         sizes: Sizes,
         shipped: Callable[[Workload], Tiles],
@@ -61,7 +70,10 @@ class Search:
         for workload, count in workloads.items():
             calls[workload.key] += count
             first.setdefault(workload.key, workload)
-        self._records, self._runner = records, runner
+        self._records, self._runners = records, list(runners)
+        # Guards the records and who is at which task. TVM compiles in one thread at a time.
+        self._state, self._compiler = threading.Condition(), threading.Lock()
+        self._busy: set[int] = set()
         self._tasks = [
             _Task(workload, calls[key], threads, sizes, shipped(workload)) for key, workload in first.items()
         ]
@@ -69,24 +81,81 @@ class Search:
         self._target = target
 
     def baseline(self, done: Callable[[int, int], None]) -> None:
-        """Measure what every workload takes now, before any candidate; ``done(workloads measured, of how many)``."""
-        for number, task in enumerate(self._tasks):
-            batch = [tiles for tiles in ((), *task.seeds) if tiles not in task.known(self._records)]
-            if batch:
-                self._measure(task, batch)
-            done(number + 1, len(self._tasks))
+        """Measure what every workload takes now, before any candidate; ``done(workloads measured, of how many)``.
+
+        Raises:
+            DeviceError: no device is left, or a kernel does not run on it as it is.
+        """
+
+        def missing(task: _Task) -> list[Tiles]:
+            return [tiles for tiles in ((), *task.seeds) if tiles not in task.known(self._records)]
+
+        def next_job() -> _Job | None:
+            waiting = [task for task in self._idle() if missing(task)]
+            return (waiting[0], missing(waiting[0])) if waiting else None
+
+        def show() -> None:
+            done(sum(not missing(task) for task in self._tasks), len(self._tasks))
+
+        show()
+        self._side_by_side(next_job, show)
 
     def run(self, seconds: float, done: Callable[[float], None]) -> None:
-        """Measure candidates until none is left or ``seconds`` are over; ``done(seconds so far)`` after each batch."""
+        """Measure candidates until none is left or ``seconds`` are over; ``done(seconds so far)`` after each batch.
+
+        Raises:
+            DeviceError: no device is left before that.
+        """
         start = time.monotonic()
-        while time.monotonic() < start + seconds:
-            waiting = [task for task in self._tasks if task.proposals(self._records)]
-            if not waiting:
-                return
+
+        def next_job() -> _Job | None:
+            waiting = [task for task in self._idle() if task.proposals(self._records)]
+            if not waiting or time.monotonic() >= start + seconds:
+                return None
             task = max(waiting, key=lambda task: task.calls * task.standing(self._records).seconds / (1 + task.batches))
-            self._measure(task, task.proposals(self._records)[:_BATCH])
             task.batches += 1
-            done(time.monotonic() - start)
+            return task, task.proposals(self._records)[: 1 if task.losses else _BATCH]
+
+        self._side_by_side(next_job, lambda: done(time.monotonic() - start))
+
+    def _idle(self) -> list["_Task"]:
+        return [task for task in self._tasks if id(task) not in self._busy]
+
+    def _side_by_side(self, next_job: "Callable[[], _Job | None]", done: Callable[[], None]) -> None:
+        """Measure what ``next_job`` gives on all devices until it gives nothing; ``done`` after each."""
+        lost: list[DeviceError] = []
+
+        def work(runner: Runner) -> None:
+            while True:
+                with self._state:
+                    # A device that is lost gives its task back: as long as others are busy, there may be more to do.
+                    while (job := next_job()) is None and self._busy:
+                        self._state.wait()
+                    if job is None:
+                        return
+                    self._busy.add(id(job[0]))
+                try:
+                    self._measure(runner, *job)
+                except DeviceError as error:
+                    with self._state:
+                        lost.append(error)
+                        self._runners.remove(runner)
+                        self._suspect(*job)
+                    _log.warning("a device is lost, %d are left: %s", len(self._runners), error)
+                    return
+                finally:
+                    with self._state:
+                        self._busy.discard(id(job[0]))
+                        self._state.notify_all()
+                with self._state:
+                    done()
+
+        with ThreadPoolExecutor(max(1, len(self._runners))) as pool:
+            for finished in [pool.submit(work, runner) for runner in list(self._runners)]:
+                finished.result()
+        with self._state:
+            if lost and not self._runners:
+                raise DeviceError(f"{lost[-1]}; no device is left, what was measured is recorded") from lost[-1]
 
     def standings(self) -> list[Standing]:
         """All workloads, those that take the most time first; :meth:`baseline` must have run."""
@@ -96,21 +165,32 @@ class Search:
     def peak(self) -> float:
         """Operations a second that one core reaches on registers alone, times the threads."""
         assert self._isa is not None
-        library = self._runner.compile({"peak": peak(self._isa)})
-        found = self._runner.measure(library, ["peak"], peak_arguments(self._isa), _ROUNDS)
+        found = None
+        for runner in list(self._runners):
+            library = runner.compile({"peak": peak(self._isa)})
+            try:
+                found = runner.measure(library, ["peak"], peak_arguments(self._isa), _ROUNDS)
+            except DeviceError as error:
+                if len(self._runners) == 1:
+                    raise
+                _log.warning("a device is lost: %s", error)
+                self._runners.remove(runner)
+            else:
+                break
         if found is None:
             raise DeviceError(f"the dot product of {self._target.name} does not run on the device")
         return self._threads * peak_operations(self._isa) / float(np.min(found))
 
-    def _measure(self, task: "_Task", batch: Sequence[Tiles]) -> None:
+    def _measure(self, runner: Runner, task: "_Task", batch: Sequence[Tiles]) -> None:
         """Measure ``batch`` beside the default and record it; what looks best is measured again, and longer."""
         names = {f"candidate{i}": tiles for i, tiles in enumerate(batch) if tiles}
-        kernels = {"default": task.workload.kernel(), **{name: task.workload.kernel(t) for name, t in names.items()}}
-        library = self._runner.compile(kernels)
+        with self._compiler:
+            kernels = {name: task.workload.kernel(tiles) for name, tiles in {"default": (), **names}.items()}
+            library = runner.compile(kernels)
 
         def times(some: Sequence[str], rounds: int) -> dict[str, tuple[float, float]] | None:
             """By name: seconds, and that as a part of the default's."""
-            found = self._runner.measure(library, ["default", *some], task.arguments, rounds)
+            found = runner.measure(library, ["default", *some], task.arguments, rounds)
             if found is None:
                 return None
             seconds = [float(s) for s in np.quantile(found, _QUANTILE, axis=0)]
@@ -126,7 +206,7 @@ class Search:
             found = {name: (np.inf, np.inf) if result is None else result[name] for name, result in single.items()}
             found |= alone
         if () in batch:
-            self._records.append(task.record((), *found["default"]))
+            self._record(task.record((), *found["default"]))
         known = best(list(task.known(self._records).values()))
         bar = min(KEPT_BELOW, known.ratio if known else 1.0)
         for name in sorted(names, key=lambda name: found[name][1]):
@@ -136,14 +216,28 @@ class Search:
                 if again is not None:
                     seconds, ratio = again[name]
                     bar = min(bar, ratio)
-            self._records.append(task.record(names[name], seconds, ratio))
+            self._record(task.record(names[name], seconds, ratio))
+
+    def _suspect(self, task: "_Task", batch: Sequence[Tiles]) -> None:
+        """A device was lost at ``batch``. A candidate at which two were lost has failed, or it would take them all."""
+        task.losses += 1
+        if task.losses > 1 and len(batch) == 1 and batch[0] and () in task.known(self._records):
+            self._record(task.record(batch[0], np.inf, np.inf))
+
+    def _record(self, record: Record) -> None:
+        with self._state:
+            self._records.append(record)
+
+
+_Job = tuple["_Task", Sequence[Tiles]]
 
 
 class _Task:
     """One workload on its way through its candidates."""
 
     def __init__(self, workload: Workload, calls: int, threads: int, sizes: Sizes, shipped: Tiles) -> None:
-        self.workload, self.calls, self.batches = workload, calls, 0
+        self.workload, self.calls = workload, calls
+        self.batches = self.losses = 0
         self.seeds = [shipped] if shipped else []
         self.arguments = workload.arguments(sizes)
         self._operations, self._threads = workload.operations(sizes), threads
