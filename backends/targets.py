@@ -96,7 +96,7 @@ _KEYS_OF_TABLE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "kind": tuple(_KEYS_OF_KIND),
-    "simd": ("avx512vnni", "avx2", "dotprod", "neon"),
+    "simd": ("avx512vnni", "avx2", "i8mm", "dotprod", "neon"),
     "bits": (4, 5, 6, 7, 8),
     "accumulate": ("int32",),
     "cost": ("measured", "vela"),

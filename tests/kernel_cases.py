@@ -23,6 +23,14 @@ Array = NDArray[np.generic]
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A weight that kernels take as their instruction set packs it."""
+
+    raw: Array
+    packing: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
 class Call:
     """Kernel ``name`` on ``args`` writes an array of ``shape`` and ``dtype``.
 
@@ -30,7 +38,7 @@ class Call:
     """
 
     name: str
-    args: tuple[Array, ...]
+    args: tuple[Any, ...]
     shape: tuple[int, ...]
     dtype: str
     activations: bool = False
@@ -62,12 +70,13 @@ def calls_for(cases: Sequence[Case], target_name: str) -> list[Call]:
     from t3c_compile.backends.targets import get_target
     from t3c_compile.backends.tvm.kernels.isa import isa_for
 
-    def call(c: Call) -> Call:
-        x, *others = c.args
-        return replace(c, args=((x.view("uint8") ^ 128), *others)) if c.activations else c
+    isa = isa_for(get_target(target_name))
 
-    unsigned = isa_for(get_target(target_name)).unsigned
-    return [call(case.call) if unsigned else case.call for case in cases]
+    def call(c: Call) -> Call:
+        x, *others = (pack_numpy(a.packing(isa), a.raw) if isinstance(a, Packed) else a for a in c.args)
+        return replace(c, args=(x.view("uint8") ^ 128 if c.activations and isa.unsigned else x, *others))
+
+    return [call(case.call) for case in cases]
 
 
 def save_calls(path: Path, calls: Sequence[Call]) -> None:
@@ -184,13 +193,12 @@ def compile_module(functions: Mapping[str, object], target: "Target") -> tvm.run
 def pack_numpy(packing: object, raw: Array) -> Array:
     """The meaning of a packing, by numpy; what the pack kernels are held against."""
     p = packing
-    blocks, quad = -(-p.outputs // 16), {"quads": 4, "nibbles": 8}.get(p.layout, 1)  # type: ignore[attr-defined]
-    quads = -(-p.inputs // quad)  # type: ignore[attr-defined]
-    packed = np.zeros((p.groups, blocks * 16, p.taps, quads * quad), raw.dtype)  # type: ignore[attr-defined]
+    blocks, words = -(-p.outputs // 16), -(-p.inputs // p.word)  # type: ignore[attr-defined]
+    packed = np.zeros((p.groups, blocks * 16, p.taps, words * p.word), raw.dtype)  # type: ignore[attr-defined]
     g, o, t, i = np.ix_(*(range(n) for n in (p.groups, p.outputs, p.taps, p.inputs)))  # type: ignore[attr-defined]
     so, si, st = p.strides  # type: ignore[attr-defined]
     packed[:, : p.outputs, :, : p.inputs] = raw.reshape(-1)[(g * p.outputs + o) * so + i * si + t * st]  # type: ignore[attr-defined]
-    packed = packed.reshape(p.groups * blocks, 16, p.taps * quads, quad).transpose(0, 2, 1, 3)  # type: ignore[attr-defined]
+    packed = packed.reshape(p.groups * blocks, 16, p.taps * words, p.word).transpose(0, 2, 1, 3)  # type: ignore[attr-defined]
     if p.layout == "nibbles":  # type: ignore[attr-defined]
         places = 4 * np.arange(8, dtype=np.uint32)
         packed = ((packed.astype(np.int32) + 8 >> 4 & 15).astype(np.uint32) << places).sum(-1, dtype=np.uint32)
@@ -205,7 +213,7 @@ class _Maker:
 
     def add(
         self,
-        args: Sequence[Array],
+        args: Sequence[Any],
         expected: object,
         kernel: Callable[..., object],
         name: str,
@@ -275,23 +283,23 @@ class _Maker:
         self.expression(partial(quantize.embedding, bits=bits), [indices, w, scale], expected, "int8_embedding")
 
     def int8_linear(self, rows: int, inputs: int, outputs: int, bits: int, zero_point: int) -> None:
-        from t3c_compile.backends.tvm.kernels import linear, pack
+        from t3c_compile.backends.tvm.kernels import linear
 
         x, w = self.activations(rows, inputs), self.weights(outputs, inputs)
         scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, bias=bias is not None)
-        args = [x, _numbers(0.02, zero_point), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
+        args = [x, _numbers(0.02, zero_point), _matrix(w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
         self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec=spec)
 
     def tie(self) -> None:
         """A product midway between two float32, and a bias too small for float64 to see beside it, which decides."""
-        from t3c_compile.backends.tvm.kernels import linear, pack
+        from t3c_compile.backends.tvm.kernels import linear
 
         x, w = np.ones((1, 1), np.int8), np.full((2, 1), 3, np.int8)
         scale, bias = np.full(2, 1 + 2**-23, np.float32), np.array([-1e-30, 1e-30], np.float32)
         spec = linear.LinearSpec((1,), 1, 2, 8, bias=True)
-        args = [x, _numbers(1.0, 0), pack_numpy(pack.quads_of_matrix(w.shape), w), scale, bias]
+        args = [x, _numbers(1.0, 0), _matrix(w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 1.0, 0, 8)
         assert expected.tolist() == [[3 + 2**-22, 3 + 2**-21]]  # type: ignore[attr-defined]
         self.add(args, expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
@@ -327,16 +335,13 @@ class _Maker:
     def svd_linear(
         self, rows: int, inputs: int, outputs: int, max_rank: int, rank: int, bits: int, zero_point: int
     ) -> None:
-        from t3c_compile.backends.tvm.kernels import linear, pack
+        from t3c_compile.backends.tvm.kernels import linear
 
         x, v, u = self.activations(rows, inputs), self.weights(max_rank, inputs), self.weights(max_rank, outputs)
         mid = self.floats(max_rank, low=1e-4, high=0.01)
         gain, bias = (self.floats(outputs), self.floats(outputs)) if bits != 6 else (None, None)
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, gain is not None, bias is not None, max_rank, rank)
-        packed = [
-            pack_numpy(pack.quads_of_matrix(v.shape), v),
-            pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u),
-        ]
+        packed = [_matrix(v), _matrix(u, transposed=True)]
         expected = _op("svd_linear", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, rank, bits)
         args = _present([x, _numbers(0.02 / 0.3, zero_point, 0.3), *packed, mid, gain, bias])
         self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear", spec=spec)
@@ -351,7 +356,7 @@ class _Maker:
         scale, bias = self.floats(o, low=0.01), self.floats(o) if bits != 6 else None
         window = Window((h, w), (k, k), (s, s), (p, p), (d, d))
         spec = conv.ConvSpec(n, c, o, window, g, bits, bias is not None)
-        packed = pack_numpy(spec.packing, weight)
+        packed = Packed(weight, spec.packing)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
         args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
         self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", True, spec)
@@ -377,7 +382,7 @@ class _Maker:
         bits: int,
         zero_point: int,
     ) -> None:
-        from t3c_compile.backends.tvm.kernels import conv, pack
+        from t3c_compile.backends.tvm.kernels import conv
         from t3c_compile.backends.tvm.kernels.window import Window
 
         r_in, r_out = ranks if form == "tucker2" else (ranks[0], ranks[0])
@@ -398,8 +403,7 @@ class _Maker:
             gain is not None,
             bias is not None,
         )
-        packed_v = pack_numpy(pack.quads_of_matrix(v.shape), v)
-        packed_u = pack_numpy(pack.quads_of_matrix(u.shape, transposed=True), u)
+        packed_v, packed_u = _matrix(v), _matrix(u, transposed=True)
         if form == "svd":
             expected = _op("svd_conv2d", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, stride, rank, bits)
             args = [_last(x), _numbers(0.02 / 0.3, zero_point, 1.0, 0.3), packed_v, packed_u, mid, gain, bias]
@@ -407,7 +411,7 @@ class _Maker:
             core = self.weights(r_out, r_in, k, k) if form == "tucker2" else self.weights(r_in, k, k)
             numbers = (0.02, zero_point, 0.3, 0.7, stride, [p, p], [1, 1], rank, bits)
             expected = _op(f"{form}_conv2d", x, v, core, u, mid, out_scale, gain, bias, *numbers)
-            packed = pack_numpy(spec.core_packing, core)
+            packed = Packed(core, spec.core_packing)
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
             args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
@@ -429,7 +433,13 @@ def _numbers(*values: float) -> Array:
     return np.array(values, np.float32)
 
 
-def _present(args: Sequence[Array | None]) -> list[Array]:
+def _matrix(weight: Array, transposed: bool = False) -> Packed:
+    from t3c_compile.backends.tvm.kernels import pack
+
+    return Packed(weight, lambda isa: pack.words_of_matrix(isa, weight.shape, transposed))
+
+
+def _present(args: Sequence[Any]) -> list[Any]:
     return [a for a in args if a is not None]
 
 

@@ -130,4 +130,4 @@ def test_no_pass_over_memory_is_left(tmp_path: Path) -> None:
     torch.manual_seed(1)
     library, _ = build(Mlp("gelu_f32"), torch.randn(2, 13, 21), tmp_path / "m.so", "x86_64")
     kernels = Counter(how.removeprefix("kernel template: ") for how in library.kernels.values())
-    assert kernels == {"layer_norm": 1, "int8_linear": 3, "default: elementwise": 1, "pack_quads": 3}
+    assert kernels == {"layer_norm": 1, "int8_linear": 3, "default: elementwise": 1, "pack_words": 3}

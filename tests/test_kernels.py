@@ -110,9 +110,10 @@ def test_a_wrong_step_in_the_middle_is_seen() -> None:
 @pytest.mark.parametrize(
     "packing",
     [
-        pack.quads_of_matrix((33, 18)),
-        pack.quads_of_matrix((9, 40), transposed=True),
-        pack.quads_of_conv((12, 5, 3, 3), groups=2),
+        pack.words_of_matrix(isa_for(get_target("arm64")), (33, 18)),
+        pack.words_of_matrix(isa_for(get_target("neoverse-v2")), (9, 41), transposed=True),
+        pack.words_of_conv(isa_for(get_target("arm64")), (12, 5, 3, 3), groups=2),
+        pack.words_of_conv(isa_for(get_target("neoverse-v2")), (12, 9, 3, 3), groups=2),
         pack.lanes_of_matrix((20, 7), "float32"),
         pack.lanes_of_matrix((9, 40), "int8", transposed=True),
         pack.nibbles_of_matrix((33, 18)),
@@ -130,7 +131,8 @@ def test_pack_kernel(packing: pack.Packing) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "instruction"), [("cortex-a76", "sdot"), ("arm64", "smull"), ("x86_64-v3", "vpmaddubsw")]
+    ("target", "instruction"),
+    [("neoverse-v2", "smmla"), ("cortex-a76", "sdot"), ("arm64", "smull"), ("x86_64-v3", "vpmaddubsw")],
 )
 def test_dot_product_instruction(target: str, instruction: str) -> None:
     kinds = ("int8_linear", "svd_linear", "int8_conv2d", "tucker2_conv2d")
@@ -146,7 +148,7 @@ def test_host_uses_vnni_where_it_has_it() -> None:
     assert "vpdpbusd" in compile_cases([case], "x86_64").inspect_source("asm")
 
 
-@pytest.mark.parametrize(("target", "cpu"), [("arm64", "cortex-a53"), ("cortex-a76", "cortex-a76")])
+@pytest.mark.parametrize(("target", "cpu"), [("arm64", "cortex-a53"), ("cortex-a76", "cortex-a76"), ("neoverse-v2", "max")])
 def test_kernels_on_arm64(arm64: ModuleType, target: str, cpu: str, tmp_path: Path) -> None:
     library, calls, results = tmp_path / "kernels.so", tmp_path / "calls.npz", tmp_path / "results.npz"
     compile_cases(CASES, target, library)

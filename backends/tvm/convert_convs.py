@@ -49,7 +49,7 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
         finish=lower.image_finish,
         planes=bool(planes),
     )
-    weight = lower.packed(a["weight"], spec.packing)
+    weight = lower.packed(a["weight"], spec.packing(lower.isa))
     numbers = scalars(a["x_scale"], a["x_zero_point"], *planes)
     args = [x, numbers, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
     return lower.call_fused(lower.kernel(spec), args, [batch, *window.out, raw[0]], channels_last=True)
@@ -76,14 +76,14 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
         finish=lower.image_finish,
         planes=bool(planes),
     )
-    h_scale = a["h_scale"]
+    h_scale, core = a["h_scale"], spec.core_packing(lower.isa)
     last = a.get("g_scale", h_scale)
     args = [
         x,
         scalars(a["x_scale"] / h_scale, a["x_zero_point"], h_scale / last, last, *planes),
-        lower.packed(a["v"], pack.quads_of_matrix((r_in, channels))),
-        None if spec.core_packing is None else lower.packed(a["core"], spec.core_packing),
-        lower.packed(a["u"], pack.quads_of_matrix((r_out, outputs), transposed=True)),
+        lower.packed(a["v"], pack.words_of_matrix(lower.isa, (r_in, channels))),
+        None if core is None else lower.packed(a["core"], core),
+        lower.packed(a["u"], pack.words_of_matrix(lower.isa, (r_out, outputs), transposed=True)),
         lower.value(a["mid_scale"]),
         lower.optional(a.get("core_scale")),
         lower.optional(a["out_gain"]),

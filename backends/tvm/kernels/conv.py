@@ -17,7 +17,7 @@ from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
-from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, quads_of_conv, quads_of_matrix
+from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, words_of_conv, words_of_matrix
 from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles, tile_of
 from t3c_compile.backends.tvm.kernels.window import Images, Window
 
@@ -46,11 +46,10 @@ class ConvSpec:
     def is_depthwise(self) -> bool:
         return self.groups == self.channels == self.outputs and self.groups > 1
 
-    @property
-    def packing(self) -> Packing:
+    def packing(self, isa: Isa) -> Packing:
         """How the weight [O, C / groups, kh, kw] is packed."""
         shape = (self.outputs, self.channels // self.groups, *self.window.kernel)
-        return lanes_of_depthwise(shape) if self.is_depthwise else quads_of_conv(shape, self.groups)
+        return lanes_of_depthwise(shape) if self.is_depthwise else words_of_conv(isa, shape, self.groups)
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,13 @@ class ChainSpec:
     finish: Finish = PLAIN
     planes: bool = False
 
-    @property
-    def core_packing(self) -> Packing | None:
+    def core_packing(self, isa: Isa) -> Packing | None:
         """How the core is packed: [R', R, kh, kw] of Tucker-2, [R, kh, kw] of CP."""
         if self.form == "svd":
             return None
         if self.form == "cp":
             return lanes_of_depthwise((self.ranks[0], *self.window.kernel))
-        return quads_of_conv((self.ranks[1], self.ranks[0], *self.window.kernel))
+        return words_of_conv(isa, (self.ranks[1], self.ranks[0], *self.window.kernel))
 
 
 def every_pixel(w: Window) -> Window:
@@ -119,7 +117,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         x, numbers, weight, scale, bias, *ends = function.args(
             x=_input(isa, s),
             numbers=((4 if s.planes else 2,), "float32"),
-            weight=(s.packing.shape, "int8"),
+            weight=(s.packing(isa).shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
             **s.finish.arguments((s.batch, *w.out, s.outputs)),
@@ -146,18 +144,18 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale / g_scale, and the scale of the last middle; of planes
     also 1 / scale and zero point of their quantization.
-    ``v`` and ``u`` are packed by ``quads_of_matrix`` (u transposed), the core as the spec says.
+    ``v`` and ``u`` are packed by ``words_of_matrix`` (u transposed), the core as the spec says.
     """
     w = s.window
-    (r_in, r_out), core_packing = s.ranks, s.core_packing
+    (r_in, r_out), core_packing = s.ranks, s.core_packing(isa)
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
     with prim_func(f"{s.form}_conv", tiles) as function:
         x, numbers, v, core, u, mid_scale, core_scale, gain, bias, *ends = function.args(
             x=_input(isa, s),
             numbers=((6 if s.planes else 4,), "float32"),
-            v=(quads_of_matrix((r_in, s.channels)).shape, "int8"),
+            v=(words_of_matrix(isa, (r_in, s.channels)).shape, "int8"),
             core=None if core_packing is None else (core_packing.shape, "int8"),
-            u=(quads_of_matrix((r_out, s.outputs), transposed=True).shape, "int8"),
+            u=(words_of_matrix(isa, (r_out, s.outputs), transposed=True).shape, "int8"),
             mid_scale=((r_in,), "float32"),
             core_scale=None if core_packing is None else ((r_out,), "float32"),
             out_gain=((s.outputs,), "float32") if s.gain else None,
@@ -174,13 +172,13 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         first = Product(product((batch, seen.pixels)), k_in, s.channels, s.channels, zero_point, s.bits)
         if core is None:
             last = scratch_rows(isa, first.rows, k_in)
-            to_h = middle(isa, last.buffer, last.place, mid_scale, x_to_h)
+            to_h = middle(isa, last.buffer, last.place, k_in, mid_scale, x_to_h)
             multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
         else:
             h = Images(isa, w, batch, k_in, 0, written=True)
             h.allocate()
             h.pad()
-            to_h = middle(isa, h.buffer, h.at, mid_scale, x_to_h)
+            to_h = middle(isa, h.buffer, h.at, k_in, mid_scale, x_to_h)
             multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
             last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g, tile_of(tiles, 1))
         rows = product((batch, w.pixels))
@@ -203,7 +201,7 @@ def _core(
     (r_in, r_out), rows = s.ranks, product((batch, s.window.pixels))
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
     g = scratch_rows(isa, rows, k_out)
-    to_g = middle(isa, g.buffer, g.place, core_scale, h_to_g)
+    to_g = middle(isa, g.buffer, g.place, k_out, core_scale, h_to_g)
     if s.form == "cp":
         depthwise(isa, rows, k_out, h, core, 0, s.bits, to_g)
     else:

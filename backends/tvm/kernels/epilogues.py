@@ -5,7 +5,17 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, fill, load_partial, requantize, store, vec
+from t3c_compile.backends.tvm.kernels.emit import (
+    Buffer,
+    Index,
+    ceil_div,
+    fill,
+    load_partial,
+    requantize,
+    store,
+    vec,
+    when,
+)
 from t3c_compile.backends.tvm.kernels.finish import Writer
 from t3c_compile.backends.tvm.kernels.gemm import Epilogue
 from t3c_compile.backends.tvm.kernels.isa import Isa
@@ -42,14 +52,21 @@ def chain_end(
     return epilogue
 
 
-def middle(isa: Isa, target: Buffer, place: Callable[[Index], Index], scale: Buffer, factor: Expr) -> Epilogue:
-    """``sums * (scale * factor)`` in int8, as the next product reads it: a row from element ``place(row)`` on."""
+def middle(
+    isa: Isa, target: Buffer, place: Callable[[Index], Index], rank: int, scale: Buffer, factor: Expr
+) -> Epilogue:
+    """``sums * (scale * factor)`` in int8, as the next product reads it: ``rank`` of a row from ``place(row)`` on."""
     lanes = isa.lanes
+    # Of the row's last word, past its last vector.
+    rest = ceil_div(rank, isa.word) * isa.word - ceil_div(rank, lanes) * lanes
 
     def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
         h = requantize(acc, load_partial(scale, column, lanes, valid) * fill(factor, lanes), lanes)
         # Lanes past the rank are zero (their scale is), as the next product needs.
         h = T.cast(h + fill(T.int32(isa.offset), lanes), vec(isa.activation_dtype, lanes))
         store(target, place(row) + column, h, lanes)
+        if rest > 0:
+            zeros = fill(T.cast(isa.offset, isa.activation_dtype), rest)
+            when(column + lanes >= rank, lambda: store(target, place(row) + column + lanes, zeros, rest))
 
     return epilogue

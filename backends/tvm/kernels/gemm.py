@@ -1,6 +1,6 @@
 """The int8 row-by-column product every quantized linear layer is made of.
 
-Activations lie row-major as int8 (or uint8 with 128 added, where the dot product wants it), weights in the ``quads``
+Activations lie row-major as int8 (or uint8 with 128 added, where the dot product wants it), weights in the ``words``
 layout. A tile of rows x vectors of int32 accumulators stays in registers for the whole reduction. Because activations
 carry an offset, each tile starts from ``-offset * sum(weights)``, summed once per panel by the same dot instruction:
 that holds for any rank prefix and any width, and needs nothing stored.
@@ -84,7 +84,7 @@ class Rows:
 
 
 def row_stride(inputs: int) -> int:
-    """Bytes a row of prepared activations."""
+    """Bytes a row of prepared activations: whole words."""
     return ceil_div(inputs, BLOCK) * BLOCK
 
 
@@ -105,8 +105,8 @@ def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
             lanes,
             lambda i, n: store(prepared.buffer, row * stride + i, convert(load(x, row * inputs + i, n), n), n),
         )
-        if inputs % QUAD:
-            with T.serial(0, QUAD - inputs % QUAD) as i:
+        if inputs % isa.word:
+            with T.serial(0, isa.word - inputs % isa.word) as i:
                 T.buffer_store(prepared.buffer, T.cast(0, isa.activation_dtype), [row * stride + inputs + i])
 
     return prepared
@@ -124,26 +124,46 @@ def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:
     return T.bind(top_bits(load(weights, index, lanes), bits, lanes))
 
 
-def spread_word(isa: Isa, buffer: Buffer, index: Index) -> Expr:
-    """The four bytes at ``index`` in every lane."""
-    word = T.reinterpret("int32", load(buffer, index, QUAD))
-    return T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.broadcast(word, isa.lanes))
+def row_words(isa: Isa, buffer: Buffer, places: list[Index], count: int) -> list[Expr]:
+    """Each of ``count`` words of the ``height`` rows at ``places``, as ``dot`` takes it: the rows' one after the other,
+    repeated to fill a register."""
+    if isa.height == count == 1:
+        word = T.reinterpret("int32", load(buffer, places[0], QUAD))
+        return [T.bind(T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.broadcast(word, isa.lanes)))]
+    # Lanes of 32 bits: LLVM then multiplies by a lane where an instruction can.
+    size = count * isa.height
+    rows = [T.bind(T.reinterpret(vec("int32", size), load(buffer, place, size * QUAD))) for place in places]
+    repeats = isa.columns // isa.height
+    lanes = [
+        [r * size + w * isa.height + i for r in range(isa.height) for _ in range(repeats) for i in range(isa.height)]
+        for w in range(count)
+    ]
+    return [T.bind(T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.Shuffle(rows, order))) for order in lanes]
 
 
 def weight_sums(
-    isa: Isa, weights: Buffer, at: Callable[[int, Index, Index], Index], taps: int, quads: int, vectors: int, bits: int
+    isa: Isa, weights: Buffer, at: Callable[[int, Index, Index], Index], taps: int, words: int, count: int, bits: int
 ) -> list[Buffer]:
-    """Per lane sums of the weight words ``at(vector, tap, quad)``, one small int32 buffer a vector."""
+    """Sums of the weight words ``at(register, tap, word)``, one small int32 buffer a register."""
     lanes = isa.lanes
-    sums = accumulators(1, vectors, lanes, "int32")[0]
+    sums = accumulators(1, count, lanes, "int32")[0]
     ones = fill(T.cast(1, isa.activation_dtype), lanes * QUAD)
     for total in sums:
         store(total, 0, fill(T.int32(0), lanes), lanes)
-    with T.serial(0, taps) as tap, T.serial(0, quads) as k:
+    with T.serial(0, taps) as tap, T.serial(0, words) as k:
         for v, total in enumerate(sums):
             word = weight_words(isa, weights, at(v, tap, k), bits)
             store(total, 0, isa.dot(load(total, 0, lanes), ones, word), lanes)
     return sums
+
+
+def row_sums(isa: Isa, cells: list[Buffer], row: int) -> Expr:
+    """A row's ``lanes`` sums from the accumulators that hold them."""
+    sums = [load(cell, 0, isa.lanes) for cell in cells]
+    if len(sums) == 1:
+        return sums[0]
+    first = row % isa.height * isa.columns
+    return T.bind(T.Shuffle(sums, [c * isa.lanes + first + i for c in range(isa.height) for i in range(isa.columns)]))
 
 
 def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile | None = None) -> None:
@@ -178,8 +198,13 @@ def default_tile(isa: Isa, rows: Index, columns: int) -> Tile:
 
 def _height(isa: Isa, rows: Index, vectors: int) -> int:
     """Rows of a tile, chosen so that ``rows`` split evenly where they are few."""
-    most, count = min(12, isa.registers // vectors), static(rows)
-    return most if count is None or count > CHUNK_ROWS else ceil_div(count, ceil_div(count, most))
+    most, count = max(1, min(12, isa.registers // vectors) // isa.height) * isa.height, static(rows)
+    return most if count is None or count > CHUNK_ROWS else whole_rows(isa, ceil_div(count, ceil_div(count, most)))
+
+
+def whole_rows(isa: Isa, rows: int) -> int:
+    """``rows`` of a tile, rounded up to those that fill registers of activations."""
+    return ceil_div(rows, isa.height) * isa.height
 
 
 def _chunk(isa: Isa, rows: Index, vectors: int) -> int:
@@ -232,29 +257,32 @@ def _panel(
 ) -> None:
     lanes, chunk = isa.lanes, tile.chunk
     vectors = ceil_div(columns, lanes)
-    taps, tap_bytes = x.kernel[0] * x.kernel[1], ceil_div(p.stored_inputs, QUAD) * BLOCK * QUAD
-    quads = ceil_div(p.inputs, QUAD)
+    taps, tap_bytes = x.kernel[0] * x.kernel[1], ceil_div(p.stored_inputs, isa.word) * BLOCK * isa.word
+    words = ceil_div(p.inputs, isa.word)
     offset = isa.offset + p.zero_point
     # Packed weights start a new block for each group.
     base = T.bind(group * (ceil_div(p.columns, BLOCK) * taps * tap_bytes)) if p.groups > 1 else 0
 
-    def at(v: int, tap: Index, k: Index) -> Index:
-        lane = column + v * lanes
-        block = base + (lane // BLOCK) * (taps * tap_bytes)
-        return block + tap * tap_bytes + k * (BLOCK * QUAD) + (lane % BLOCK) * QUAD
+    def at(register: int, tap: Index, k: Index) -> Index:
+        output = column + register * isa.columns
+        block = base + (output // BLOCK) * (taps * tap_bytes)
+        return block + tap * tap_bytes + k * (BLOCK * isa.word) + (output % BLOCK) * isa.word
 
-    sums = weight_sums(isa, weights, at, taps, quads, vectors, p.bits) if static(offset) != 0 else None
+    # Registers of weights; a row of sums has as many lanes as a register of them.
+    registers = vectors * isa.height
+    sums = weight_sums(isa, weights, at, taps, words, registers, p.bits) if static(offset) != 0 else None
     ahead = None
-    panel_bytes = vectors * lanes * QUAD * ceil_div(p.stored_inputs, QUAD) * taps
-    if panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
+    panel_bytes = vectors * lanes * taps * tap_bytes // BLOCK
+    if isa.fetches and panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
         ahead = T.bind(base + (column // BLOCK) * (taps * tap_bytes) + panel_bytes), panel_bytes
     count = static(p.rows)
     last = count if count is not None and count <= chunk else T.min(first + chunk, p.rows)
 
     def sweep(rows: int) -> None:
+        rows = whole_rows(isa, rows)
         with T.serial(0, ceil_div(last - first, rows)) as number:
             row = T.bind(first + number * rows)
-            acc = accumulators(rows, vectors, lanes, "int32")
+            acc = accumulators(rows // isa.height, registers, lanes, "int32")
             for line in acc:
                 for v, cell in enumerate(line):
                     start = T.int32(0) if sums is None else load(sums[v], 0, lanes)
@@ -262,20 +290,38 @@ def _panel(
                         cell, 0, fill(start, lanes) if sums is None else start * fill(int32(-1 * offset), lanes), lanes
                     )
             places = [T.bind(x.place(row + r) + group * p.inputs) for r in range(rows)]
-            with x.taps() as (tap, shift), T.serial(0, quads) as k:
-                if ahead:
-                    _fetch(weights, ahead, (number * taps + tap) * quads + k)
-                words = [weight_words(isa, weights, at(v, tap, k), p.bits) for v in range(vectors)]
-                for place, line in zip(places, acc, strict=True):
-                    value = T.bind(spread_word(isa, x.buffer, place + shift + k * QUAD))
-                    for cell, word in zip(line, words, strict=True):
-                        store(cell, 0, isa.dot(load(cell, 0, lanes), value, word), lanes)
-            for r, line in enumerate(acc):
 
-                def finish(r: int = r, line: list[Buffer] = line) -> None:
-                    for v, cell in enumerate(line):
+            def add(tap: Index, shift: Index, first: Index, count: int) -> None:
+                """The products of ``count`` words from the first on."""
+                if ahead:
+                    for k in range(count):
+                        _fetch(weights, ahead, (number * taps + tap) * words + first + k)
+                at_words = [place + shift + first * isa.word for place in places]
+                values = [
+                    row_words(isa, x.buffer, at_words[r : r + isa.height], count) for r in range(0, rows, isa.height)
+                ]
+                for k in range(count):
+                    for v in range(registers):
+                        word = weight_words(isa, weights, at(v, tap, first + k), p.bits)
+                        for value, line in zip(values, acc, strict=True):
+                            store(line[v], 0, isa.dot(load(line[v], 0, lanes), value[k], word), lanes)
+
+            turns, rest = divmod(words, isa.turn)
+            with x.taps() as (tap, shift):
+                if turns:
+                    with T.serial(0, turns) as turn:
+                        add(tap, shift, turn * isa.turn, isa.turn)
+                if rest:
+                    with T.serial(0, rest) as k:
+                        add(tap, shift, turns * isa.turn + k, 1)
+            for r in range(rows):
+
+                def finish(r: int = r) -> None:
+                    line = acc[r // isa.height]
+                    for v in range(vectors):
                         valid = min(lanes, columns - v * lanes)
-                        epilogue(row + r, group * p.columns + column + v * lanes, valid, load(cell, 0, lanes))
+                        cells = line[v * isa.height : (v + 1) * isa.height]
+                        epilogue(row + r, group * p.columns + column + v * lanes, valid, row_sums(isa, cells, r))
 
                 always = count is not None and count % rows == 0 and chunk % rows == 0
                 when(True if always else row + r < last, finish)

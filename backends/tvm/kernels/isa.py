@@ -1,7 +1,8 @@
-"""What a target's vector unit offers to the kernels: lanes, tile shapes and the four-way int8 dot product.
+"""What a target's vector unit offers to the kernels: lanes, tile shapes and the int8 dot product.
 
-Every instruction set sees the same data: activations and weights come in *words* of four int8 along the reduction,
-one word a lane. So weights are packed alike for all targets and only ``dot`` differs.
+Activations and weights come in *words* of int8 along the reduction. Most instruction sets multiply a word of four of one
+row with one of each lane's output. A matrix product (``height`` 2) takes words of eight of two rows and of two outputs,
+and its four sums are those of a 2 x 2 tile, row by row. Sums, packed weights and loops are the same otherwise.
 """
 
 from collections.abc import Callable
@@ -15,19 +16,21 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.targets import Target, require_lowerable
 from t3c_compile.backends.tvm.kernels.emit import Index, int32
 
-QUAD = 4  # int8 values a word
+QUAD = 4  # int8 values a lane
 NIBBLES = 8  # 4-bit values a word
 BLOCK = 16  # outputs a packed weight block
 
 
 @dataclass(frozen=True)
 class Isa:
-    """``dot(acc, activations, weights)`` adds four products a lane: int32 x lanes, int8 x 4 lanes, int8 x 4 lanes.
+    """``dot(acc, activations, weights)`` adds the products of words: int32 x lanes, int8 x 4 lanes, int8 x 4 lanes.
 
     ``nibble(words, i)`` is the signed 4-bit value ``i`` (lowest first) of each int32 word, as float32.
 
     ``unsigned``: the dot product wants activations as uint8, which the kernels hold as ``x + 128``.
     ``registers``: how many accumulator registers a tile may use.
+    ``height``: rows whose words lie in one register of activations, and whose sums in one accumulator.
+    ``turn``: words that are loaded at once of each row.
     """
 
     name: str
@@ -36,10 +39,27 @@ class Isa:
     unsigned: bool
     dot: Callable[[Expr, Expr, Expr], Expr]
     nibble: Callable[[Expr, Index], Expr]
+    height: int = 1
+    turn: int = 1
+
+    @property
+    def word(self) -> int:
+        """int8 values a word."""
+        return QUAD * self.height
+
+    @property
+    def columns(self) -> int:
+        """Outputs whose words lie in one register of weights."""
+        return self.lanes // self.height
 
     @property
     def activation_dtype(self) -> str:
         return "uint8" if self.unsigned else "int8"
+
+    @property
+    def fetches(self) -> bool:
+        """Whether a product asks for weights ahead: measured to pay on x86 alone."""
+        return self.lanes > 4
 
     @property
     def offset(self) -> int:
@@ -69,7 +89,12 @@ def _avx2_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
 
 
 def _sdot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, activations, weights)
+    # The instruction multiplies by a lane of its last operand, so a word of a row is spread by none of its own.
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, weights, activations)
+
+
+def _smmla(acc: Expr, activations: Expr, weights: Expr) -> Expr:
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smmla.v4i32.v16i8", acc, activations, weights)
 
 
 def _neon_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
@@ -97,14 +122,17 @@ def _shifted_nibble(lanes: int, words: Expr, i: Index) -> Expr:
     return T.cast(top >> T.broadcast(T.int32(28), lanes), f"float32x{lanes}")
 
 
-def _isa(name: str, lanes: int, registers: int, dot: Callable[[Expr, Expr, Expr], Expr]) -> Isa:
-    return Isa(name, lanes, registers, False, dot, partial(_shifted_nibble, lanes))
+def _isa(
+    name: str, lanes: int, registers: int, dot: Callable[[Expr, Expr, Expr], Expr], height: int = 1, turn: int = 1
+) -> Isa:
+    return Isa(name, lanes, registers, False, dot, partial(_shifted_nibble, lanes), height, turn)
 
 
 _ISAS = {
     "avx512vnni": Isa("avx512vnni", 16, 24, unsigned=True, dot=_vnni_dot, nibble=_permuted_nibble),
     "avx2": _isa("avx2", 8, 8, _avx2_dot),
-    "dotprod": _isa("dotprod", 4, 24, _sdot),
+    "i8mm": _isa("i8mm", 4, 24, _smmla, height=2, turn=1),
+    "dotprod": _isa("dotprod", 4, 24, _sdot, turn=4),
     "neon": _isa("neon", 4, 24, _neon_dot),
 }
 

@@ -11,7 +11,7 @@ from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import Product, multiply, prepare_rows, scratch_rows
 from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.pack import quads_of_matrix
+from t3c_compile.backends.tvm.kernels.pack import words_of_matrix
 from t3c_compile.backends.tvm.kernels.tile import Tiles, tile_of
 
 
@@ -44,7 +44,7 @@ def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc
         x, numbers, weight, scale, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((2,), "float32"),
-            weight=(quads_of_matrix((s.outputs, s.inputs)).shape, "int8"),
+            weight=(words_of_matrix(isa, (s.outputs, s.inputs)).shape, "int8"),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
             **s.finish.arguments((*s.lead, s.outputs)),
@@ -70,8 +70,8 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         x, numbers, v, u, mid_scale, gain, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
             numbers=((3,), "float32"),
-            v=(quads_of_matrix((s.max_rank, s.inputs)).shape, "int8"),
-            u=(quads_of_matrix((s.max_rank, s.outputs), transposed=True).shape, "int8"),
+            v=(words_of_matrix(isa, (s.max_rank, s.inputs)).shape, "int8"),
+            u=(words_of_matrix(isa, (s.max_rank, s.outputs), transposed=True).shape, "int8"),
             mid_scale=((s.max_rank,), "float32"),
             out_gain=((s.outputs,), "float32") if s.gain else None,
             bias=((s.outputs,), "float32") if s.bias else None,
@@ -82,7 +82,7 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         writer = Writer(s.finish, ends)
         activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(isa, rows, s.rank)
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, mid_scale, to_h), tile_of(tiles, 0))
+        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, s.rank, mid_scale, to_h), tile_of(tiles, 0))
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
         multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile_of(tiles, 1))
     return function.func

@@ -1,6 +1,7 @@
 """Weight packing, run once at load: from the raw store's layout to what the kernels read.
 
-``quads``: int8 ``[groups][outputs / 16][taps][inputs / 4][16][4]``, the layout of every int8 kernel, zero-padded.
+``words``: int8 ``[groups][outputs / 16][taps][inputs / word][16][word]``, the layout of every int8 kernel, zero-padded;
+the instruction set says how many inputs a word is.
 ``lanes``: ``[outputs / 16][inputs][16]`` in the raw dtype, the layout of the float, weight-only and depthwise kernels.
 ``nibbles``: int32 ``[outputs / 16][inputs / 8][16]``, the layout of weight-only kernels at 4 bits: a word holds eight
 inputs of one output, each its top four bits in two's complement, the first in the lowest.
@@ -13,12 +14,15 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import Index, ceil_div, for_each, prim_func, top_bits
-from t3c_compile.backends.tvm.kernels.isa import BLOCK, NIBBLES, QUAD
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, NIBBLES, Isa
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How one raw tensor is packed. ``strides`` are the raw strides of (output, input, tap), in elements."""
+    """How one raw tensor is packed. ``strides`` are the raw strides of (output, input, tap), in elements.
+
+    ``word``: inputs of one output that lie together.
+    """
 
     layout: str
     dtype: str
@@ -28,14 +32,14 @@ class Packing:
     inputs: int
     taps: int
     strides: tuple[int, int, int]
+    word: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the packed tensor."""
         blocks = self.groups * ceil_div(self.outputs, BLOCK)
-        if self.layout == "quads":
-            return (blocks, self.taps * ceil_div(self.inputs, QUAD), BLOCK, QUAD)
-        return (blocks, ceil_div(self.inputs, NIBBLES) if self.layout == "nibbles" else self.inputs, BLOCK)
+        words = self.taps * ceil_div(self.inputs, self.word)
+        return (blocks, words, BLOCK, self.word) if self.layout == "words" else (blocks, words, BLOCK)
 
     @property
     def packed_dtype(self) -> str:
@@ -43,27 +47,27 @@ class Packing:
         return "int32" if self.layout == "nibbles" else self.dtype
 
 
-def quads_of_matrix(shape: tuple[int, ...], transposed: bool = False) -> Packing:
+def words_of_matrix(isa: Isa, shape: tuple[int, ...], transposed: bool = False) -> Packing:
     """int8 [outputs, inputs], or [inputs, outputs] when ``transposed``."""
-    outputs, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    strides = (1, shape[1], 0) if transposed else (shape[1], 1, 0)
-    return Packing("quads", "int8", shape, 1, outputs, inputs, 1, strides)
+    return replace(lanes_of_matrix(shape, "int8", transposed), layout="words", word=isa.word)
 
 
-def quads_of_conv(shape: tuple[int, ...], groups: int = 1) -> Packing:
+def words_of_conv(isa: Isa, shape: tuple[int, ...], groups: int = 1) -> Packing:
     """int8 [O, C / groups, kh, kw]."""
     outputs, inputs, taps = shape[0] // groups, shape[1], shape[2] * shape[3]
-    return Packing("quads", "int8", shape, groups, outputs, inputs, taps, (inputs * taps, taps, 1))
+    return Packing("words", "int8", shape, groups, outputs, inputs, taps, (inputs * taps, taps, 1), isa.word)
 
 
 def lanes_of_matrix(shape: tuple[int, ...], dtype: str, transposed: bool = False) -> Packing:
     """[outputs, inputs] of ``dtype``, or [inputs, outputs] when ``transposed``."""
-    return replace(quads_of_matrix(shape, transposed), layout="lanes", dtype=dtype)
+    outputs, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    strides = (1, shape[1], 0) if transposed else (shape[1], 1, 0)
+    return Packing("lanes", dtype, shape, 1, outputs, inputs, 1, strides)
 
 
 def nibbles_of_matrix(shape: tuple[int, ...], transposed: bool = False) -> Packing:
     """int8 [outputs, inputs], or [inputs, outputs] when ``transposed``, kept at 4 bits."""
-    return replace(quads_of_matrix(shape, transposed), layout="nibbles")
+    return replace(lanes_of_matrix(shape, "int8", transposed), layout="nibbles", word=NIBBLES)
 
 
 def lanes_of_depthwise(shape: tuple[int, ...]) -> Packing:
@@ -75,8 +79,7 @@ def lanes_of_depthwise(shape: tuple[int, ...]) -> Packing:
 def pack(packing: Packing) -> tvm.tirx.PrimFunc:
     """(raw, packed) of the shapes in ``packing``."""
     p = packing
-    quad = {"quads": QUAD, "nibbles": NIBBLES}.get(p.layout, 1)
-    blocks, quads = ceil_div(p.outputs, BLOCK), ceil_div(p.inputs, quad)
+    blocks, words = ceil_div(p.outputs, BLOCK), ceil_div(p.inputs, p.word)
     with prim_func(f"pack_{p.layout}") as function:
         raw, packed = function.args(raw=(p.raw_shape, p.dtype), packed=(p.shape, p.packed_dtype))
 
@@ -89,14 +92,14 @@ def pack(packing: Packing) -> tvm.tirx.PrimFunc:
                 inside = T.And(output < p.outputs, source < p.inputs)
                 return T.if_then_else(inside, raw[where], T.cast(0, p.dtype))
 
-            with T.serial(0, p.taps) as tap, T.serial(0, quads) as k, T.serial(0, BLOCK) as lane:
+            with T.serial(0, p.taps) as tap, T.serial(0, words) as k, T.serial(0, BLOCK) as lane:
                 output = (task % blocks) * BLOCK + lane
-                word = ((task * p.taps + tap) * quads + k) * BLOCK + lane
+                at = ((task * p.taps + tap) * words + k) * BLOCK + lane
                 if p.layout == "nibbles":
-                    T.buffer_store(packed, _word([value(output, k * quad + i, tap) for i in range(quad)]), [word])
+                    T.buffer_store(packed, _word([value(output, k * p.word + i, tap) for i in range(p.word)]), [at])
                 else:
-                    with T.serial(0, quad) as i:
-                        T.buffer_store(packed, value(output, k * quad + i, tap), [word * quad + i])
+                    with T.serial(0, p.word) as i:
+                        T.buffer_store(packed, value(output, k * p.word + i, tap), [at * p.word + i])
 
     return function.func
 

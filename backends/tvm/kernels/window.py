@@ -81,7 +81,7 @@ class Images:
         self._picked = window.is_single and not written
         self._size = window.out if self._picked else window.spread
         self._channels = channels
-        self._stride = row_stride(channels) if written else ceil_div(channels, QUAD) * QUAD
+        self._stride = row_stride(channels) if written else ceil_div(channels, isa.word) * isa.word
         self.buffer: Buffer = None
 
     def allocate(self) -> None:
@@ -150,7 +150,7 @@ class Images:
         """
         isa, w, (rows, columns), channels = self._isa, self._window, self._size, self._channels
         self.allocate()
-        assert self._stride == QUAD
+        assert self._stride == isa.word
         assert not self._picked or w.stride == (1, 1)
         (height, width), (top, left) = w.size, w.padding
 
@@ -158,7 +158,7 @@ class Images:
         def _(task: Index) -> None:
             image, y = T.bind(task // height), T.bind(task % height)
             source = T.bind((image * (channels * height) + y) * width)
-            target = T.bind(((image * rows + y + top) * columns + left) * QUAD)
+            target = T.bind(((image * rows + y + top) * columns + left) * isa.word)
 
             def pixels(i: Index, n: int) -> None:
                 word = fill(T.int32(isa.flip), n)
@@ -166,9 +166,9 @@ class Images:
                     value = load(x, source + channel * (height * width) + i, n)
                     byte = quantized_int32(value, inverse, zero_point, n) & fill(T.int32(0xFF), n)
                     word = word ^ (byte << fill(T.int32(8 * channel), n))
-                store(
-                    self.buffer, target + i * QUAD, T.reinterpret(vec(isa.activation_dtype, n * QUAD), word), n * QUAD
-                )
+                # What a word has past the channels meets weights that are zero.
+                pixel = T.reinterpret(vec(isa.activation_dtype, n * isa.word), T.cast(word, vec(f"int{8 * isa.word}", n)))
+                store(self.buffer, target + i * isa.word, pixel, n * isa.word)
 
             chunks(width, isa.lanes, pixels)
 

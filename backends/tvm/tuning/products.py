@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from t3c_compile.backends.tvm.kernels.emit import CHUNK_ROWS, ceil_div
-from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS
-from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
+from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS, whole_rows
+from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _LATENCY = 4  # cycles before a dot product's sum can be added to
@@ -41,7 +41,8 @@ class TiledProduct:
 
     def fits(self, tile: Tile) -> bool:
         """Whether a kernel with ``tile`` stays inside its buffers."""
-        return 1 <= tile.rows <= SPARE_ROWS and tile.vectors >= 1 and tile.chunk >= 1
+        whole = tile.rows == whole_rows(self.isa, tile.rows)
+        return whole and 1 <= tile.rows <= SPARE_ROWS and tile.vectors >= 1 and tile.chunk >= 1
 
     def candidates(self, threads: int) -> list[Tile]:
         """The tiles worth measuring on ``threads`` threads, best looking ones first."""
@@ -52,7 +53,7 @@ class TiledProduct:
 
     def _tiles(self) -> Iterator[Tile]:
         for vectors in range(1, min(8, ceil_div(self.columns, self.isa.lanes)) + 1):
-            for rows in range(1, min(SPARE_ROWS, self.rows) + 1):
+            for rows in range(self.isa.height, whole_rows(self.isa, min(SPARE_ROWS, self.rows)) + 1, self.isa.height):
                 if rows * vectors + vectors >= self.isa.registers + _OPERAND_REGISTERS:
                     continue
                 # Whole tiles, and tasks of one size.
@@ -63,7 +64,7 @@ class TiledProduct:
 
     def _cost(self, tile: Tile, threads: int) -> float:
         """Cycles, roughly."""
-        lanes, depth = self.isa.lanes, ceil_div(self.inputs, QUAD) * self.taps
+        lanes, depth = self.isa.lanes, ceil_div(self.inputs, self.isa.word) * self.taps
         whole, rest = divmod(self.columns, tile.vectors * lanes)
         parts, last = divmod(self.rows, tile.chunk)
         cycles = 0.0
@@ -71,7 +72,7 @@ class TiledProduct:
             if count == 0:
                 continue
             rows = tile.rows if vectors == tile.vectors else min(12, self.isa.registers // vectors)
-            slow_loads = 1.5 * vectors if depth * vectors * lanes * QUAD > _FIRST_LEVEL else 0
+            slow_loads = 1.5 * vectors if depth * vectors * lanes * self.isa.word > _FIRST_LEVEL else 0
             step = max(rows * vectors, (rows + vectors) / 2 + slow_loads, _LATENCY) + 0.5
             tiles = parts * ceil_div(tile.chunk, rows) + ceil_div(last, rows)
             sums = (parts + (last > 0)) * depth * max(vectors, _LATENCY)
