@@ -112,6 +112,9 @@ def build_cases() -> list[Case]:
         (100, 129, 130, 4, -3),
     ]:
         make.int8_linear(rows, inputs, outputs, bits, zero_point)
+    # Tiles that tuning may choose: one vector, more than a block, tall ones, tasks that end inside a tile.
+    for tile in [(2, 1, 38), (4, 5, 10), (12, 2, 24), (16, 1, 16)]:
+        make.int8_linear(37, 75, 50, 6, 9, tile)
     for rows, inputs, outputs, bits, symbolic in [
         (1, 64, 64, 8, False),
         (1, 130, 257, 4, True),
@@ -282,15 +285,25 @@ class _Maker:
         expected = _op("int8_embedding", indices, w, scale, bits)
         self.expression(partial(quantize.embedding, bits=bits), [indices, w, scale], expected, "int8_embedding")
 
-    def int8_linear(self, rows: int, inputs: int, outputs: int, bits: int, zero_point: int) -> None:
+    def int8_linear(
+        self,
+        rows: int,
+        inputs: int,
+        outputs: int,
+        bits: int,
+        zero_point: int,
+        tile: tuple[int, int, int] | None = None,
+    ) -> None:
         from t3c_compile.backends.tvm.kernels import linear
+        from t3c_compile.backends.tvm.kernels.tile import Tile
 
         x, w = self.activations(rows, inputs), self.weights(outputs, inputs)
         scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, bias=bias is not None)
+        tiles = () if tile is None else (Tile(*tile),)
         args = [x, _numbers(0.02, zero_point), _matrix(w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
-        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear", spec=spec)
+        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec, tiles), "int8_linear", spec=spec)
 
     def tie(self) -> None:
         """A product midway between two float32, and a bias too small for float64 to see beside it, which decides."""

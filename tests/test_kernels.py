@@ -141,6 +141,14 @@ def test_dot_product_instruction(target: str, instruction: str) -> None:
         assert instruction in compile_cases([case], target).inspect_source("asm"), case.call.name
 
 
+def test_sdot_takes_activations_by_lane() -> None:
+    """Whole vectors of a row are loaded, and no word is spread over a register of its own."""
+    case = next(c for c in CASES if c.spec and c.call.args[0].shape == (100, 129))
+    assembly = compile_cases([case], "cortex-a76").inspect_source("asm")
+    for lane in range(4):
+        assert len(re.findall(rf"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[{lane}\]", assembly)) >= 20
+
+
 def test_host_uses_vnni_where_it_has_it() -> None:
     if get_target("x86_64").simd != "avx512vnni":
         pytest.skip("this host has no AVX512-VNNI")
@@ -148,7 +156,9 @@ def test_host_uses_vnni_where_it_has_it() -> None:
     assert "vpdpbusd" in compile_cases([case], "x86_64").inspect_source("asm")
 
 
-@pytest.mark.parametrize(("target", "cpu"), [("arm64", "cortex-a53"), ("cortex-a76", "cortex-a76"), ("neoverse-v2", "max")])
+@pytest.mark.parametrize(
+    ("target", "cpu"), [("arm64", "cortex-a53"), ("cortex-a76", "cortex-a76"), ("neoverse-v2", "max")]
+)
 def test_kernels_on_arm64(arm64: ModuleType, target: str, cpu: str, tmp_path: Path) -> None:
     library, calls, results = tmp_path / "kernels.so", tmp_path / "calls.npz", tmp_path / "results.npz"
     compile_cases(CASES, target, library)

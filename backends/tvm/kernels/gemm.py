@@ -37,7 +37,10 @@ from t3c_compile.backends.tvm.kernels.tile import Tile
 
 # store(row, column, valid lanes, int32 sums)
 Epilogue = Callable[[Index, Index, int, Expr], None]
+# place(register, tap, word): where a register of weights lies
+Place = Callable[[int, Index, Index], Index]
 
+_OPERANDS = 6  # registers that a turn's words of rows may take beside the accumulators, where it has several
 _LINE = 64  # bytes a cache line
 _NEAR_BYTES = 1 << 15  # a panel that fits beside the rows in the nearest cache needs no call ahead
 
@@ -141,9 +144,23 @@ def row_words(isa: Isa, buffer: Buffer, places: list[Index], count: int) -> list
     return [T.bind(T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.Shuffle(rows, order))) for order in lanes]
 
 
-def weight_sums(
-    isa: Isa, weights: Buffer, at: Callable[[int, Index, Index], Index], taps: int, words: int, count: int, bits: int
-) -> list[Buffer]:
+def _narrowed(
+    isa: Isa, weights: Buffer, at: Place, taps: int, words: int, count: int, bits: int
+) -> tuple[Buffer, Place]:
+    """The ``count`` registers of weights at each word, rounded to ``bits``, in scratch."""
+    size = isa.lanes * QUAD
+    panel = T.alloc_buffer((taps * words * count * size,), "int8")
+
+    def place(register: int, tap: Index, k: Index) -> Index:
+        return ((tap * words + k) * count + register) * size
+
+    with T.serial(0, taps) as tap, T.serial(0, words) as k:
+        for v in range(count):
+            store(panel, place(v, tap, k), weight_words(isa, weights, at(v, tap, k), bits), size)
+    return panel, place
+
+
+def weight_sums(isa: Isa, weights: Buffer, at: Place, taps: int, words: int, count: int, bits: int) -> list[Buffer]:
     """Sums of the weight words ``at(register, tap, word)``, one small int32 buffer a register."""
     lanes = isa.lanes
     sums = accumulators(1, count, lanes, "int32")[0]
@@ -198,7 +215,11 @@ def default_tile(isa: Isa, rows: Index, columns: int) -> Tile:
 
 def _height(isa: Isa, rows: Index, vectors: int) -> int:
     """Rows of a tile, chosen so that ``rows`` split evenly where they are few."""
-    most, count = max(1, min(12, isa.registers // vectors) // isa.height) * isa.height, static(rows)
+    most, count = min(12, isa.registers // vectors), static(rows)
+    if isa.turn > 1:
+        # A register for each row besides.
+        most = min(most, (isa.registers + _OPERANDS) // (vectors + 1))
+    most = max(1, most // isa.height) * isa.height
     return most if count is None or count > CHUNK_ROWS else whole_rows(isa, ceil_div(count, ceil_div(count, most)))
 
 
@@ -228,8 +249,9 @@ def _vectors(isa: Isa, rows: Index, columns: int) -> int:
         for width, panels in ((vectors, whole), (rest, 1)):
             if width and panels:
                 height = _height(isa, count, width)
-                # A tile's products, and what it loads for them.
-                total += panels * ceil_div(count, height) * (height * width + 0.1 * (height + width))
+                # A tile's products, and what it loads for them; words of two rows are joined in the products' units.
+                joins = height // isa.height if isa.height > 1 else 0
+                total += panels * ceil_div(count, height) * (height * width + 0.1 * (height + width) + joins)
         return total
 
     return min((4, 3, 2), key=cost)
@@ -268,14 +290,14 @@ def _panel(
         block = base + (output // BLOCK) * (taps * tap_bytes)
         return block + tap * tap_bytes + k * (BLOCK * isa.word) + (output % BLOCK) * isa.word
 
-    # Registers of weights; a row of sums has as many lanes as a register of them.
-    registers = vectors * isa.height
-    sums = weight_sums(isa, weights, at, taps, words, registers, p.bits) if static(offset) != 0 else None
-    ahead = None
-    panel_bytes = vectors * lanes * taps * tap_bytes // BLOCK
+    registers, bits, count = vectors * isa.height, p.bits, static(p.rows)
+    packed, ahead, panel_bytes = weights, None, vectors * lanes * taps * tap_bytes // BLOCK
     if isa.fetches and panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
         ahead = T.bind(base + (column // BLOCK) * (taps * tap_bytes) + panel_bytes), panel_bytes
-    count = static(p.rows)
+    if bits < 8 and isa.narrows_panels and (count is None or count > tile.rows):
+        weights, at = _narrowed(isa, weights, at, taps, words, registers, bits)
+        bits = 8
+    sums = weight_sums(isa, weights, at, taps, words, registers, bits) if static(offset) != 0 else None
     last = count if count is not None and count <= chunk else T.min(first + chunk, p.rows)
 
     def sweep(rows: int) -> None:
@@ -295,16 +317,32 @@ def _panel(
                 """The products of ``count`` words from the first on."""
                 if ahead:
                     for k in range(count):
-                        _fetch(weights, ahead, (number * taps + tap) * words + first + k)
-                at_words = [place + shift + first * isa.word for place in places]
-                values = [
-                    row_words(isa, x.buffer, at_words[r : r + isa.height], count) for r in range(0, rows, isa.height)
-                ]
-                for k in range(count):
-                    for v in range(registers):
-                        word = weight_words(isa, weights, at(v, tap, first + k), p.bits)
-                        for value, line in zip(values, acc, strict=True):
-                            store(line[v], 0, isa.dot(load(line[v], 0, lanes), value[k], word), lanes)
+                        _fetch(packed, ahead, (number * taps + tap) * words + first + k)
+
+                def values(line: int) -> list[Expr]:
+                    of_line = places[line * isa.height : (line + 1) * isa.height]
+                    return row_words(isa, x.buffer, [place + shift + first * isa.word for place in of_line], count)
+
+                def word(register: int, k: int) -> Expr:
+                    return weight_words(isa, weights, at(register, tap, first + k), bits)
+
+                def dot(cell: Buffer, value: Expr, word: Expr) -> None:
+                    store(cell, 0, isa.dot(load(cell, 0, lanes), value, word), lanes)
+
+                # Of activations and weights the fewer wait in registers for the others, which come one by one.
+                if count > 1 or len(acc) <= registers:
+                    held = [values(i) for i in range(len(acc))]
+                    for k in range(count):
+                        for v in range(registers):
+                            weight = word(v, k)
+                            for line, value in zip(acc, held, strict=True):
+                                dot(line[v], value[k], weight)
+                else:
+                    words_held = [word(v, 0) for v in range(registers)]
+                    for i, line in enumerate(acc):
+                        value = values(i)[0]
+                        for cell, weight in zip(line, words_held, strict=True):
+                            dot(cell, value, weight)
 
             turns, rest = divmod(words, isa.turn)
             with x.taps() as (tap, shift):

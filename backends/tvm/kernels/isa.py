@@ -1,8 +1,8 @@
 """What a target's vector unit offers to the kernels: lanes, tile shapes and the int8 dot product.
 
-Activations and weights come in *words* of int8 along the reduction. Most instruction sets multiply a word of four of one
-row with one of each lane's output. A matrix product (``height`` 2) takes words of eight of two rows and of two outputs,
-and its four sums are those of a 2 x 2 tile, row by row. Sums, packed weights and loops are the same otherwise.
+Activations and weights come in *words* of int8 along the reduction. Most instruction sets multiply a word of four of
+one row with one of each lane's output. A matrix product (``height`` 2) takes words of eight of two rows and of two
+outputs, and its four sums are those of a 2 x 2 tile, row by row. All else is the same.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,8 @@ class Isa:
     ``registers``: how many accumulator registers a tile may use.
     ``height``: rows whose words lie in one register of activations, and whose sums in one accumulator.
     ``turn``: words that are loaded at once of each row.
+    ``narrows_panels``: weights of fewer bits are rounded once for a task's rows, not for each tile, because rounding
+    takes the units that ``dot`` does.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Isa:
     nibble: Callable[[Expr, Index], Expr]
     height: int = 1
     turn: int = 1
+    narrows_panels: bool = False
 
     @property
     def word(self) -> int:
@@ -123,16 +126,22 @@ def _shifted_nibble(lanes: int, words: Expr, i: Index) -> Expr:
 
 
 def _isa(
-    name: str, lanes: int, registers: int, dot: Callable[[Expr, Expr, Expr], Expr], height: int = 1, turn: int = 1
+    name: str,
+    lanes: int,
+    registers: int,
+    dot: Callable[[Expr, Expr, Expr], Expr],
+    height: int = 1,
+    turn: int = 1,
+    narrows_panels: bool = False,
 ) -> Isa:
-    return Isa(name, lanes, registers, False, dot, partial(_shifted_nibble, lanes), height, turn)
+    return Isa(name, lanes, registers, False, dot, partial(_shifted_nibble, lanes), height, turn, narrows_panels)
 
 
 _ISAS = {
     "avx512vnni": Isa("avx512vnni", 16, 24, unsigned=True, dot=_vnni_dot, nibble=_permuted_nibble),
     "avx2": _isa("avx2", 8, 8, _avx2_dot),
-    "i8mm": _isa("i8mm", 4, 24, _smmla, height=2, turn=1),
-    "dotprod": _isa("dotprod", 4, 24, _sdot, turn=4),
+    "i8mm": _isa("i8mm", 4, 24, _smmla, height=2, narrows_panels=True),
+    "dotprod": _isa("dotprod", 4, 24, _sdot, turn=4, narrows_panels=True),
     "neon": _isa("neon", 4, 24, _neon_dot),
 }
 

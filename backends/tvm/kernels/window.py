@@ -167,8 +167,8 @@ class Images:
                     byte = quantized_int32(value, inverse, zero_point, n) & fill(T.int32(0xFF), n)
                     word = word ^ (byte << fill(T.int32(8 * channel), n))
                 # What a word has past the channels meets weights that are zero.
-                pixel = T.reinterpret(vec(isa.activation_dtype, n * isa.word), T.cast(word, vec(f"int{8 * isa.word}", n)))
-                store(self.buffer, target + i * isa.word, pixel, n * isa.word)
+                word, size = T.cast(word, vec(f"int{8 * isa.word}", n)), n * isa.word
+                store(self.buffer, target + i * isa.word, T.reinterpret(vec(isa.activation_dtype, size), word), size)
 
             chunks(width, isa.lanes, pixels)
 
