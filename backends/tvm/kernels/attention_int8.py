@@ -24,7 +24,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
 )
 from t3c_compile.backends.tvm.kernels.floats import tile_shape
 from t3c_compile.backends.tvm.kernels.gemm import spread_word
-from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
 from t3c_compile.backends.tvm.kernels.rows import join_lanes
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM, MOST, STEP
 
@@ -37,6 +37,7 @@ class IntegerProducts:
     def __init__(
         self, isa: Isa, spec: AttentionSpec, heads: tuple[Heads, ...], batch: Index, group: Index, blocks: Index
     ) -> None:
+        isa = by_lane(isa)
         self.isa, self.spec, self.blocks = isa, spec, blocks
         self.query, self.key, self.value, self.output = heads
         self.words = spec.width // QUAD

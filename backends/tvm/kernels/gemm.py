@@ -127,12 +127,17 @@ def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:
     return T.bind(top_bits(load(weights, index, lanes), bits, lanes))
 
 
+def spread_word(isa: Isa, buffer: Buffer, index: Index) -> Expr:
+    """The four bytes at ``index`` in every lane."""
+    word = T.reinterpret("int32", load(buffer, index, QUAD))
+    return T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.broadcast(word, isa.lanes))
+
+
 def row_words(isa: Isa, buffer: Buffer, places: list[Index], count: int) -> list[Expr]:
     """Each of ``count`` words of the ``height`` rows at ``places``, as ``dot`` takes it: the rows' one after the other,
     repeated to fill a register."""
     if isa.height == count == 1:
-        word = T.reinterpret("int32", load(buffer, places[0], QUAD))
-        return [T.bind(T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.broadcast(word, isa.lanes)))]
+        return [T.bind(spread_word(isa, buffer, places[0]))]
     # Lanes of 32 bits: LLVM then multiplies by a lane where an instruction can.
     size = count * isa.height
     rows = [T.bind(T.reinterpret(vec("int32", size), load(buffer, place, size * QUAD))) for place in places]

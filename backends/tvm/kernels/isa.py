@@ -146,6 +146,11 @@ _ISAS = {
 }
 
 
+def by_lane(isa: Isa) -> Isa:
+    """The instruction set to multiply words of single rows with: ``isa``, or dotprod, which every CPU with i8mm has."""
+    return _ISAS["dotprod"] if isa.height > 1 else isa
+
+
 def isa_for(target: Target) -> Isa:
     """The instruction set of ``target``. Raises :class:`UnsupportedTargetError` where that is no CPU."""
     require_lowerable(target)
