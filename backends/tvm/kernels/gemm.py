@@ -290,11 +290,12 @@ def _panel(
     # Packed weights start a new block for each group.
     base = T.bind(group * (ceil_div(p.columns, BLOCK) * taps * tap_bytes)) if p.groups > 1 else 0
 
-    def at(register: int, tap: Index, k: Index) -> Index:
+    def packed_at(register: int, tap: Index, k: Index) -> Index:
         output = column + register * isa.columns
         block = base + (output // BLOCK) * (taps * tap_bytes)
         return block + tap * tap_bytes + k * (BLOCK * isa.word) + (output % BLOCK) * isa.word
 
+    at: Place = packed_at
     registers, bits, count = vectors * isa.height, p.bits, static(p.rows)
     packed, ahead, panel_bytes = weights, None, vectors * lanes * taps * tap_bytes // BLOCK
     if isa.fetches and panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
