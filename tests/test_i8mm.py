@@ -36,4 +36,4 @@ def test_artifact_for_neoverse_v2(arm64: ModuleType, tmp_path: Path, monkeypatch
 
     refused = arm64.run_python(["-c", LOAD, str(artifact)], cpu="cortex-a76")
     assert refused.returncode != 0
-    assert "net.t3c runs here: neoverse-v2: this CPU lacks i8mm" in refused.stderr
+    assert "net.t3c runs here: neoverse-v2: this CPU lacks sve, sve2, i8mm, bf16" in refused.stderr
