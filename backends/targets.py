@@ -21,8 +21,8 @@ OWN_TARGETS = "T3C_TARGETS"
 _SHIPPED = Path(__file__).with_name("targets.toml")
 # The target x86_64 is the first of these that this machine is.
 _HOST_LEVELS = ("x86_64-vnni", "x86_64-v3")
-# The kinds that have a backend.
-_LOWERED_KINDS = ("cpu",)
+# The kinds that artifacts can be lowered for; kernels of our own, and tuning, are for a CPU alone.
+LOWERED_KINDS = ("cpu", "ethos-u")
 
 
 class UnknownTargetError(T3CError):
@@ -231,12 +231,12 @@ def machine(target: Target) -> str:
     return str((target.host or target).tvm["mtriple"]).partition("-")[0]
 
 
-def require_lowerable(target: Target) -> None:
-    """Raise :class:`UnsupportedTargetError` where no backend compiles for ``target``."""
-    if target.kind in _LOWERED_KINDS:
+def require_lowerable(target: Target, kinds: tuple[str, ...] = ("cpu",)) -> None:
+    """Raise :class:`UnsupportedTargetError` where ``target`` is of none of ``kinds``, those a backend compiles for."""
+    if target.kind in kinds:
         return
-    lowered = [name for name, known in _known().items() if known.kind in _LOWERED_KINDS]
+    lowered = [name for name, known in _known().items() if known.kind in kinds]
     raise UnsupportedTargetError(
         f"target {target.name} cannot be lowered: it is of kind {target.kind}, and this version compiles for "
-        f"{', '.join(_LOWERED_KINDS)} alone. Its grid and costs serve snap and export; lower for {', '.join(lowered)}"
+        f"{', '.join(kinds)} alone. Its grid and costs serve snap and export; lower for {', '.join(lowered)}"
     )

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
-from t3c_compile.backends.targets import Target, get_target, machine, require_lowerable
+from t3c_compile.backends.targets import LOWERED_KINDS, Target, get_target, require_lowerable
 from t3c_compile.cost import dense_int8_bytes
 from t3c_compile.manifest import SCHEMA, STORE, ArtifactError, Manifest, described, write_manifest
 from t3c_compile.measuring import CALLS, measure
 from t3c_compile.memory import activation_bytes, require_fit
+from t3c_compile.npu_artifact import described_library, lower_npu_targets, npu_inputs, split_profiles
 from t3c_compile.passes.capture import traced_inputs
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -63,6 +64,7 @@ def lower(
             compiling.
         MemoryLimitError: a profile does not fit a target's memory.
         T3CError: a target was not among those that ``profiles`` were snapped for.
+        VelaError: an NPU of ``targets`` cannot run a profile, or has too little memory for it.
         ArtifactError: the disk is full or the folder cannot be written.
     """
     wanted = [get_target(target) if isinstance(target, str) else target for target in targets]
@@ -93,7 +95,7 @@ def _check_targets(
 ) -> None:
     """Refuse what no backend compiles, what was not snapped for and what does not fit, before the long work."""
     for target in targets:
-        require_lowerable(target)
+        require_lowerable(target, LOWERED_KINDS)
         if target.name not in profiles.profiles[0].costs:
             known = ", ".join(profiles.profiles[0].costs)
             raise T3CError(f"the profiles were snapped for {known}, not for {target.name}: snap for all of them")
@@ -127,7 +129,12 @@ def _write(
 
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("specialize", total=len(targets) + 2)
-        programs, store = export_profiles(model, profiles, example_inputs)
+        cpus = [target for target in targets if target.kind == "cpu"]
+        programs, store = export_profiles(model, profiles, example_inputs) if cpus else ({}, {})
+        npu = None
+        if len(cpus) < len(targets):
+            npu = split_profiles(model, profiles, example_inputs)
+            store |= npu.store()
         write_store(folder / STORE, {name: tensor.numpy() for name, tensor in store.items()})
         manifest: Manifest = {
             "schema": SCHEMA,
@@ -137,26 +144,23 @@ def _write(
             "targets": {},
         }
         (folder / "lib").mkdir()
-        for target in targets:
+        if npu is not None:
+            manifest["inputs"] = npu_inputs(model)
+            manifest["targets"] |= lower_npu_targets(
+                npu, [t for t in targets if t.kind == "ethos-u"], folder, bar, task
+            )
+        for target in cpus:
             bar.update(task, advance=1, description=f"compile for {target.name}")
             library = build_library(programs, target, folder / "lib" / f"{target.name}.so", records)
-            # Named by content: the loader takes one path for one library, even when the file there was replaced.
-            name = f"lib/{target.name}-{described(library.path)['sha256'][:12]}.so"
-            library.path.rename(folder / name)
             manifest["inputs"] = _described(library.inputs)
             manifest["targets"][target.name] = {
                 "kind": target.kind,
-                "machine": machine(target),
-                "features": list(target.features),
-                "library": name,
-                "functions": list(library.functions),
-                "packs": {function: list(names) for function, names in library.packs.items()},
+                **described_library(library, target, folder),
                 "costs": [dict(profile.costs[target.name]) for profile in profiles.profiles],
-                "kernels": dict(library.kernels),
             }
+        manifest["targets"] = {target.name: manifest["targets"][target.name] for target in targets}
         manifest["files"] = {
-            name: described(folder / name)
-            for name in (STORE, *(entry["library"] for entry in manifest["targets"].values()))
+            str(path.relative_to(folder)): described(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         del programs, store  # the process that measures has a copy of its own
         bar.update(task, advance=1, description="measure")
@@ -201,12 +205,13 @@ def export_profiles(
 
 
 def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...]) -> None:
-    """Measure targets that run here: latencies, and energies where there is a meter, take the place of estimates."""
+    """Measure targets that run here: latencies, and energies where there is a meter, take the place of estimates; a
+    simulated NPU's stay."""
     one = [bool(entry["shape"]) and entry["shape"][0] == "batch" for entry in manifest["inputs"]]
     inputs = [(x[:1] if first else x).numpy() for x, first in zip(example_inputs, one, strict=True)]
     batch = "batch 1" if all(one) else "the example inputs"
     for name, entry in manifest["targets"].items():
-        if refusal(entry) is not None:
+        if refusal(entry) is not None or "npu" in entry:
             continue
         for cost, found in zip(entry["costs"], measure(folder, name, entry["kind"], inputs), strict=True):
             cost |= {**found, "source": f"measured on the build machine, {batch}, {CALLS} calls"}

@@ -4,12 +4,13 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t3c_compile.backends.targets import get_target, host_target, list_targets, require_lowerable
+from t3c_compile.backends.targets import LOWERED_KINDS, get_target, host_target, list_targets, require_lowerable
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.manifest import ArtifactError, check_files, read_manifest
 from t3c_compile.passes.errors import T3CError
@@ -231,7 +232,7 @@ def _lower(arguments: argparse.Namespace) -> None:
         private_key(arguments.sign)  # what is wrong shows before the long work
     targets = [get_target(name) for name in arguments.target]
     for target in targets:
-        require_lowerable(target)
+        require_lowerable(target, LOWERED_KINDS)
     output = _writable(arguments.output)
     checkpoint, profiles = _snap(arguments, targets)
     inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
@@ -402,8 +403,29 @@ def _inspect(arguments: argparse.Namespace) -> None:
             row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
             rows.append(row | {"certificate": profile["certificate"]["bound"]} | conformal)
     show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
-    for target, certificate in () if arguments.json else certificates.items():
+    if arguments.json:
+        return
+    for target, certificate in certificates.items():
         print(f"{target}: {certificate['statement']}")
+    for target, entry in manifest["targets"].items():
+        if "npu" in entry:
+            _show_npu(target, entry)
+
+
+def _show_npu(target: str, entry: Mapping[str, Any]) -> None:
+    """What an NPU runs of every profile, and what its host does, and why."""
+    rows = []
+    for index, (profile, cost) in enumerate(zip(entry["npu"]["profiles"], entry["costs"], strict=True)):
+        row = {"profile": f"p{index}", "partitions": len(profile["partitions"]), "macs": profile["macs"]}
+        row |= {"on_npu": f"{100 * profile['npu_macs'] / profile['macs']:.1f}%", "cycles": cost["cycles"]}
+        row |= {f"{memory}_kb": size / 1e3 for memory, size in cost["peak_bytes"].items()}
+        rows.append(row | {f"{memory}_moved_kb": size / 1e3 for memory, size in cost["traffic_bytes"].items()})
+    show(f"{target}: {entry['costs'][0]['source']}", rows, False)
+    greatest = entry["npu"]["profiles"][-1]
+    fallbacks = Counter((f["op"], f["reason"]) for f in greatest["fallbacks"])
+    if fallbacks:
+        reasons = [{"op": op, "times": count, "reason": why} for (op, why), count in fallbacks.items()]
+        show(f"{target}: on the host in the greatest profile", reasons, False)
 
 
 def _show_files(folder: str, profiles: dict[str, dict[str, Any]], as_json: bool) -> None:

@@ -21,6 +21,7 @@ from t3c_compile.drift import Array, drifts, logits_of
 from t3c_compile.governor import Governor
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, open_file, read_manifest
 from t3c_compile.monitor import Monitor
+from t3c_compile.npu import RUN, partition_runner
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.store import read_store
 from t3c_compile.virtual_machine import VirtualMachine
@@ -128,7 +129,7 @@ class Session:
     """A loaded artifact. Thread-safe: calls take turns, and each runs one profile from start to end."""
 
     def __init__(self, folder: Path, manifest: Manifest, target: str) -> None:
-        entry = manifest["targets"][target]
+        entry = here(manifest["targets"][target])
         self.target: str = target
         self.inputs: list[dict[str, Any]] = manifest["inputs"]
         self.profiles: tuple[ProfileInfo, ...] = _profiles(manifest, target)
@@ -146,11 +147,14 @@ class Session:
         if missing:
             raise ArtifactError(f"{folder / STORE} lacks tensors: {', '.join(missing)}")
         self._memory: tuple[int, tuple[tuple[int, ...], ...]] | None = None
+        # An NPU is compiled for one sample.
+        self._sample_by_sample = "npu" in entry and any("batch" in x["shape"] for x in self.inputs)
+        functions = {RUN: partition_runner(folder, manifest, target)} if "npu" in entry else {}
         # The system opens a library by its name: it is hashed just before.
         open_file(folder, manifest, entry["library"]).close()
         try:
             # A bare name would be looked for elsewhere.
-            self._machine = VirtualMachine((folder / entry["library"]).absolute())
+            self._machine = VirtualMachine((folder / entry["library"]).absolute(), functions)
             self._functions = [self._machine[name] for name in entry["functions"]]
             # Packed once, for all profiles, and pages of the store are let go as that goes on.
             packed: list[Any] = []
@@ -252,6 +256,14 @@ class Session:
         return outputs if certified is None else (outputs, certified.bounds(profile.index, outputs))
 
     def _call(self, index: int, arrays: list[Array]) -> Any:
+        if not self._sample_by_sample:
+            return self._call_once(index, arrays)
+        samples = [self._call_once(index, [x[i : i + 1] for x in arrays]) for i in range(len(arrays[0]))]
+        if isinstance(samples[0], tuple):
+            return tuple(np.concatenate(parts) for parts in zip(*samples, strict=True))
+        return np.concatenate(samples)
+
+    def _call_once(self, index: int, arrays: list[Array]) -> Any:
         memory = index, tuple(array.shape for array in arrays)
         if memory != self._memory:
             # What calls of another profile or other sizes have left is of no use to this one.
@@ -284,7 +296,7 @@ def load(path: str | os.PathLike[str], target: str | None = None, verify: "Key |
         from t3c_compile.signing import verified_manifest
 
         manifest = verified_manifest(folder, verify)
-    refusals = {name: refusal(entry) for name, entry in manifest["targets"].items() if target in (None, name)}
+    refusals = {name: refusal(here(entry)) for name, entry in manifest["targets"].items() if target in (None, name)}
     for name, reason in refusals.items():
         if reason is None:
             return Session(folder, manifest, name)
@@ -293,6 +305,13 @@ def load(path: str | os.PathLike[str], target: str | None = None, verify: "Key |
     raise ArtifactError(
         f"no target of {folder} runs here: " + "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
     )
+
+
+def here(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A target's entry with the library for this machine: where it is an NPU's, another than the device's may simulate
+    it."""
+    fitting = [other for other in entry.get("simulated", []) if refusal(other) is None]
+    return {**entry, **fitting[0]} if fitting else entry
 
 
 def refusal(entry: Mapping[str, Any]) -> str | None:

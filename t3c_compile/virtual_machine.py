@@ -5,7 +5,7 @@ torch would come with it.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ _CPU, _POOLED = 1, 2
 class VirtualMachine:
     """A compiled library, loaded. Memory of a call is kept for the next one until :meth:`release_memory`.
 
-    Fresh pages would cost a fifth of a call.
+    Fresh pages would cost a fifth of a call. ``functions``: what compiled code of this process is to find by name.
     """
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, functions: Mapping[str, Callable[..., Any]]) -> None:
         self._ffi = _load_ffi()
+        for name, function in functions.items():
+            self._ffi.register_global_func(name, function, override=True)
         self._machine = self._ffi.load_module(str(library))["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
         self.release_memory: Callable[[], None] = self._ffi.get_global_func("vm.builtin.memory_manager.clear")

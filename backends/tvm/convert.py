@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import tvm
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tvm import relax, te
@@ -213,6 +214,17 @@ def _float_expression(function: Callable[[te.Tensor], te.Tensor], lower: Lowerin
     return lower.expression(function, x) if str(x.ty.dtype) == "float32" else lower.default()
 
 
+def _npu(lower: Lowering, a: Arguments) -> relax.Var:
+    """A call of what runs an NPU's partitions, by the partition's name; it writes what it gives."""
+    inputs = [lower.value(node) for node in a["inputs"]]
+    results = [
+        relax.TensorType(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for value in lower.node.meta["val"]
+    ]
+    arguments = relax.Tuple([tvm.ir.StringImm(a["name"]), *inputs])
+    return lower.emit(relax.call_dps_packed("t3c.npu.run", arguments, results))
+
+
 CONVERTERS: dict[str, Converter] = {
     "quantize_int8.default": _quantize,
     "dequantize_int8.default": _dequantize,
@@ -228,6 +240,7 @@ CONVERTERS: dict[str, Converter] = {
     "cumsum.default": _cumsum,
     "index_copy.default": _index_copy,
     "scaled_dot_product_attention.default": _attention,
+    "npu.default": _npu,
     "hardsigmoid.default": partial(_float_expression, _hardsigmoid),
     "hardswish.default": partial(_float_expression, _hardswish),
     **CONV_CONVERTERS,
