@@ -4,17 +4,17 @@ import argparse
 import json
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t3c_compile.backends.targets import LOWERED_KINDS, get_target, host_target, list_targets, require_lowerable
+from t3c_compile.backends.targets import LOWERED_KINDS, get_target, host_target, require_lowerable
 from t3c_compile.budget import Budget, BudgetError
+from t3c_compile.inspecting import inspect_artifact, show_files, show_targets
 from t3c_compile.manifest import ArtifactError, check_files, read_manifest
 from t3c_compile.passes.errors import T3CError
-from t3c_compile.show import show, summarize_options
+from t3c_compile.show import show
 
 _MODEL_HELP = "package.module:callable, a .pt2 or .onnx file, or a t3c checkpoint"
 # What each format of `export` is: the folder of ONNX files, or a dialect of torch-mlir.
@@ -238,7 +238,7 @@ def _lower(arguments: argparse.Namespace) -> None:
     inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
     records, key = arguments.records, arguments.sign
     lower(checkpoint.model, profiles, targets, output, inputs, progress=progress, records=records, key=key)
-    _inspect(argparse.Namespace(artifact=str(output), json=arguments.json))
+    inspect_artifact(str(output), arguments.json)
 
 
 def _tune(arguments: argparse.Namespace) -> None:
@@ -283,7 +283,7 @@ def _export(arguments: argparse.Namespace) -> None:
     export(checkpoint.model, profiles.profiles, output, checkpoint.example_inputs)
     suffix = "mlir" if dialect else "onnx"
     files = {f"{profile.name}.{suffix}": profile.to_json() for profile in profiles.profiles}
-    _show_files(arguments.output, files, arguments.json)
+    show_files(arguments.output, files, arguments.json)
 
 
 def _snap(arguments: argparse.Namespace, targets: list[Any]) -> tuple[Any, Any]:
@@ -378,79 +378,11 @@ def _random_inputs(inputs: list[dict[str, Any]]) -> list[Any]:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    if any(Path(arguments.artifact).glob("*.onnx")):
-        from t3c_compile.backends.onnx import read_profiles
-
-        _show_files(arguments.artifact, read_profiles(arguments.artifact), arguments.json)
-        return
-    from t3c_compile.drift import METRICS
-
-    manifest = read_manifest(Path(arguments.artifact))
-    check_files(Path(arguments.artifact), manifest)
-    certificates = {name: entry["conformal"] for name, entry in manifest["targets"].items() if "conformal" in entry}
-    rows = []
-    for target, entry in manifest["targets"].items():
-        for index, (profile, cost) in enumerate(zip(manifest["profiles"], entry["costs"], strict=True)):
-            conformal: dict[str, Any] = {}
-            if certificates:
-                bounds = certificates[target]["profiles"][index] if target in certificates else {"drift": {}}
-                conformal = {f"{metric}_bound": bounds["drift"].get(metric) for metric in METRICS}
-                conformal["agreement_bound"] = bounds.get("agreement")
-            row = {"target": target, "profile": profile["name"], **summarize_options(profile["options"])}
-            row |= {"size_kb": profile["size_bytes"] / 1e3, "latency_ms": cost["latency_ms"]}
-            row |= {"latency_source": cost["source"].partition(":")[0].partition(" ")[0]}
-            row |= {"energy_mj": cost["energy_mj"], "energy_source": cost.get("energy_source", "").partition(":")[0]}
-            row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
-            rows.append(row | {"certificate": profile["certificate"]["bound"]} | conformal)
-    show(f"{arguments.artifact}: accuracy and KL on calibration data", rows, arguments.json)
-    if arguments.json:
-        return
-    for target, certificate in certificates.items():
-        print(f"{target}: {certificate['statement']}")
-    for target, entry in manifest["targets"].items():
-        if "npu" in entry:
-            _show_npu(target, entry)
-
-
-def _show_npu(target: str, entry: Mapping[str, Any]) -> None:
-    """What an NPU runs of every profile, and what its host does, and why."""
-    rows = []
-    for index, (profile, cost) in enumerate(zip(entry["npu"]["profiles"], entry["costs"], strict=True)):
-        row = {"profile": f"p{index}", "partitions": len(profile["partitions"]), "macs": profile["macs"]}
-        row |= {"on_npu": f"{100 * profile['npu_macs'] / profile['macs']:.1f}%", "cycles": cost["cycles"]}
-        row |= {f"{memory}_kb": size / 1e3 for memory, size in cost["peak_bytes"].items()}
-        rows.append(row | {f"{memory}_moved_kb": size / 1e3 for memory, size in cost["traffic_bytes"].items()})
-    show(f"{target}: {entry['costs'][0]['source']}", rows, False)
-    greatest = entry["npu"]["profiles"][-1]
-    fallbacks = Counter((f["op"], f["reason"]) for f in greatest["fallbacks"])
-    if fallbacks:
-        reasons = [{"op": op, "times": count, "reason": why} for (op, why), count in fallbacks.items()]
-        show(f"{target}: on the host in the greatest profile", reasons, False)
-
-
-def _show_files(folder: str, profiles: dict[str, dict[str, Any]], as_json: bool) -> None:
-    """A table of exported files by name; each has its profile as ``Profile.to_json`` gives it."""
-    rows = []
-    for file, profile in profiles.items():
-        row = {"file": file, **summarize_options(profile["options"]), "size_kb": profile["size_bytes"] / 1e3}
-        row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
-        rows.append(row | {"certificate": profile["certificate"]["bound"]})
-    show(f"{folder}: accuracy and KL on calibration data", rows, as_json)
+    inspect_artifact(arguments.artifact, arguments.json)
 
 
 def _targets(arguments: argparse.Namespace) -> None:
-    rows = []
-    for name in list_targets():
-        target = get_target(name)
-        rows.append(
-            {"target": name, "kind": target.kind, "kernels": target.simd or None}
-            | {"host": target.host.name if target.host else None, "rank_multiple": target.rank_multiple}
-            | {"bits": " ".join(map(str, target.bits)), "accumulate": target.accumulate}
-            | {"memory_gb": target.memory_bytes / 1e9, "peak_gops": target.peak_gops}
-            | {"peak_gflops": target.peak_gflops, "bandwidth_gbps": target.bandwidth_gbps}
-            | {"cost": target.cost, "roofline": target.roofline, "features": " ".join(target.features)}
-        )
-    show("targets", rows, arguments.json)
+    show_targets(arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
