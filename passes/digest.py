@@ -1,10 +1,10 @@
 """One SHA-256 of nested values, so that what is read again can be compared with what was written."""
 
+import ctypes
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -18,7 +18,9 @@ def digest(value: Any) -> str:
 def _add(found: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         found.update(f"{value.dtype}{tuple(value.shape)};".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        held = value.detach().cpu().contiguous()
+        # Not by way of numpy: a storage that numpy has seen cannot be freed, as FSDP frees gathered parameters.
+        found.update((ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b"")
     elif isinstance(value, Mapping | list | tuple):
         found.update(f"{'{' if isinstance(value, Mapping) else '['}{len(value)};".encode())
         for item in value.items() if isinstance(value, Mapping) else value:

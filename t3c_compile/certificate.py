@@ -111,15 +111,87 @@ _AGED, _TURN = "aged", "turn"
 
 
 class SpectralProxy:
-    """Drift bounds of a model from fixed layer statistics.
-
-    :meth:`drift` is differentiable and costs a few matrix-vector products a layer, for training; :meth:`certify` takes
-    exact spectral norms, for a profile.
-    """
+    """Terms of a profile's drift by layer, from fixed layer statistics and exact spectral norms."""
 
     def __init__(self, model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> None:
         self.layers = dict(elastic_layers(model))
         self.statistics = call_statistics(model, calibration)
+
+    def _weights(self, name: str) -> tuple[float, float]:
+        """What one unit of weight error of a layer moves the logits by: in its products, and in its look-ups."""
+        parts = [(call.look_up, call.gain * call.input_norm) for call in self.statistics[name]]
+        return sum(part for look_up, part in parts if not look_up), sum(part for look_up, part in parts if look_up)
+
+    @torch.no_grad()
+    def layer_errors(self, name: str, options: Sequence[Option]) -> list[float]:
+        """Weight part of one layer's term of the bound at each of ``options``."""
+        layer = self.layers[name]
+        products, look_ups = self._weights(name)
+        errors = [products * norm for norm in error_norms(layer, options)] if products else [0.0] * len(options)
+        if look_ups:
+            rows = (float(_greatest_row(layer.dense_weight() - layer.dense_weight(option))) for option in options)
+            errors = [error + look_ups * row for error, row in zip(errors, rows, strict=True)]
+        return errors
+
+    @torch.no_grad()
+    def certify(
+        self,
+        options: Mapping[str, Option],
+        activations: Mapping[str, Mapping[str, Activation]],
+        known: Mapping[str, Mapping[Option, float]] | None = None,
+    ) -> dict[str, float]:
+        """Terms of a profile's sum by layer, before it is scaled. A layer at 32 bits adds nothing.
+
+        ``known``: what :meth:`layer_errors` has said already.
+        """
+        bounds = dict.fromkeys(options, 0.0)
+        for name, option in options.items():
+            if option.bits != 32:
+                found = (known or {}).get(name, {}).get(option)
+                error = self.layer_errors(name, [option])[0] if found is None else found
+                bounds[name] = error + self._rounding(name, option, activations[name])
+        return bounds
+
+    def _rounding(self, name: str, option: Option, activations: Mapping[str, Activation]) -> float:
+        """What rounding the inputs and middles of a layer's products adds to its bound: nothing where they are float32.
+
+        RMS norm at the output of a uniform error (variance s^2/12), times the gain.
+        """
+        layer, calls = self.layers[name], [call for call in self.statistics[name] if not call.look_up]
+        if not calls or not activations:
+            return 0.0
+        weight = layer.dense_weight(option) if option.form == layer.form else layer.dense_weight()
+        norm = matrix_norm(weight.flatten(1)) * kernel_factor(weight)
+        middles = {m: layer.middle_norm(m, option.rank) for m in layer.middles} if option.form != "dense" else {}
+        bound = 0.0
+        for call in calls:
+            total = norm * activations[of_call("x", call.number)][0] * math.sqrt(call.input_size / 12)
+            for middle, middle_norm in middles.items():
+                first = len(middles) == 2 and middle == "h"
+                rows = call.input_size // weight.shape[1] if first else call.output_size // weight.shape[0]
+                noise = activations[of_call(middle, call.number)][0]
+                total += noise * math.sqrt(rows * min(option.rank, layer.max_rank) / 12) * middle_norm
+            bound += call.gain * total
+        return bound
+
+
+def _ranks(layer: ElasticLayer) -> list[int]:
+    return [max(1, int(share * layer.max_rank)) for share in _RANKS]
+
+
+def _hats(at: Tensor, places: Tensor) -> Tensor:
+    """Weights of linear interpolation: ``at`` [n] among rising ``places`` [n, k] -> [n, k]; the ends go on for ever."""
+    right = torch.searchsorted(places, at.detach()[:, None].contiguous()).clamp(1, places.shape[1] - 1)
+    low, high = places.gather(1, right - 1), places.gather(1, right)
+    share = ((at[:, None] - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    return torch.zeros_like(places, dtype=at.dtype).scatter(1, right - 1, 1 - share).scatter_add(1, right, share)
+
+
+class TrainingProxy(SpectralProxy):
+    """The bound of drift for training: :meth:`drift` is differentiable and costs a few matrix-vector products."""
+
+    def __init__(self, model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> None:
+        super().__init__(model, calibration)
         generator = torch.Generator().manual_seed(0)
         # The leading right singular vector of each error, kept from one visit to the next, where one power iteration
         # follows it; how far the errors tabled are from those measured since; and whose turn it is.
@@ -209,11 +281,6 @@ class SpectralProxy:
         model.train(training)
         return certified_drift(seen)[0] / total if total else 1.0
 
-    def _weights(self, name: str) -> tuple[float, float]:
-        """What one unit of weight error of a layer moves the logits by: in its products, and in its look-ups."""
-        parts = [(call.look_up, call.gain * call.input_norm) for call in self.statistics[name]]
-        return sum(part for look_up, part in parts if not look_up), sum(part for look_up, part in parts if look_up)
-
     def _error_norm(self, name: str, mask: Tensor, bits: Tensor) -> Tensor:
         layer = self.layers[name]
         exact, rounded, shape = _factors(layer, bits)
@@ -232,70 +299,6 @@ class SpectralProxy:
             self._state[name] = (step / length).detach()
         norm: Tensor = error(self._state[name].detach()).norm() * factor
         return norm
-
-    @torch.no_grad()
-    def layer_errors(self, name: str, options: Sequence[Option]) -> list[float]:
-        """Weight part of one layer's term of the bound at each of ``options``."""
-        layer = self.layers[name]
-        products, look_ups = self._weights(name)
-        errors = [products * norm for norm in error_norms(layer, options)] if products else [0.0] * len(options)
-        if look_ups:
-            rows = (float(_greatest_row(layer.dense_weight() - layer.dense_weight(option))) for option in options)
-            errors = [error + look_ups * row for error, row in zip(errors, rows, strict=True)]
-        return errors
-
-    @torch.no_grad()
-    def certify(
-        self,
-        options: Mapping[str, Option],
-        activations: Mapping[str, Mapping[str, Activation]],
-        known: Mapping[str, Mapping[Option, float]] | None = None,
-    ) -> dict[str, float]:
-        """Terms of a profile's sum by layer, before it is scaled. A layer at 32 bits adds nothing.
-
-        ``known``: what :meth:`layer_errors` has said already.
-        """
-        bounds = dict.fromkeys(options, 0.0)
-        for name, option in options.items():
-            if option.bits != 32:
-                found = (known or {}).get(name, {}).get(option)
-                error = self.layer_errors(name, [option])[0] if found is None else found
-                bounds[name] = error + self._rounding(name, option, activations[name])
-        return bounds
-
-    def _rounding(self, name: str, option: Option, activations: Mapping[str, Activation]) -> float:
-        """What rounding the inputs and middles of a layer's products adds to its bound: nothing where they are float32.
-
-        RMS norm at the output of a uniform error (variance s^2/12), times the gain.
-        """
-        layer, calls = self.layers[name], [call for call in self.statistics[name] if not call.look_up]
-        if not calls or not activations:
-            return 0.0
-        weight = layer.dense_weight(option) if option.form == layer.form else layer.dense_weight()
-        norm = matrix_norm(weight.flatten(1)) * kernel_factor(weight)
-        middles = {m: layer.middle_norm(m, option.rank) for m in layer.middles} if option.form != "dense" else {}
-        bound = 0.0
-        for call in calls:
-            total = norm * activations[of_call("x", call.number)][0] * math.sqrt(call.input_size / 12)
-            for middle, middle_norm in middles.items():
-                first = len(middles) == 2 and middle == "h"
-                rows = call.input_size // weight.shape[1] if first else call.output_size // weight.shape[0]
-                noise = activations[of_call(middle, call.number)][0]
-                total += noise * math.sqrt(rows * min(option.rank, layer.max_rank) / 12) * middle_norm
-            bound += call.gain * total
-        return bound
-
-
-def _ranks(layer: ElasticLayer) -> list[int]:
-    return [max(1, int(share * layer.max_rank)) for share in _RANKS]
-
-
-def _hats(at: Tensor, places: Tensor) -> Tensor:
-    """Weights of linear interpolation: ``at`` [n] among rising ``places`` [n, k] -> [n, k]; the ends go on for ever."""
-    right = torch.searchsorted(places, at.detach()[:, None].contiguous()).clamp(1, places.shape[1] - 1)
-    low, high = places.gather(1, right - 1), places.gather(1, right)
-    share = ((at[:, None] - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
-    return torch.zeros_like(places, dtype=at.dtype).scatter(1, right - 1, 1 - share).scatter_add(1, right, share)
 
 
 def _greatest_row(error: Tensor) -> Tensor:

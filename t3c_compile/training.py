@@ -180,7 +180,7 @@ def train(
         controller: trained along; None makes one on the default grid.
         weights: of the loss terms.
         augment: makes augmented inputs, for the consistency term.
-        proxy: the spectral certificate, for the certificate term; its ``state_dict`` goes into the checkpoint.
+        proxy: a ``certificate.TrainingProxy``, for the certificate term; its ``state_dict`` goes into the checkpoint.
         target: whose roofline the budget term counts; None is ``cortex-a76``.
         lr: AdamW's peak, warmed up and then a cosine to zero.
         progress: show a progress bar with the time left (in the process of rank 0).

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from t3c_compile.certificate import SpectralProxy
+from t3c_compile.certificate import TrainingProxy
 from t3c_compile.chain import Grid, chains
 from t3c_compile.checkpoint import Checkpoint, CheckpointError, restore
 from t3c_compile.controller import Controller
@@ -374,7 +374,7 @@ def test_a_run_with_a_certificate_goes_on_exactly(tmp_path: Path) -> None:
     def run(data: list[Any], checkpoint: Path | None = None, proxied: bool = True) -> Any:
         elastic = transform(model, inputs)
         options: dict[str, Any] = {"weights": LossWeights(certificate=0.1, epsilon=0), "checkpoint": checkpoint}
-        proxy = SpectralProxy(elastic, [inputs]) if proxied else None
+        proxy = TrainingProxy(elastic, [inputs]) if proxied else None
         return train(elastic, data, epochs=4, proxy=proxy, progress=False, **options), elastic
 
     whole, expected = run(batches)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from t3c_compile.certificate import SpectralProxy
+from t3c_compile.certificate import TrainingProxy
 from t3c_compile.chain import Grid, chains
 from t3c_compile.checkpoint import Checkpoint
 from t3c_compile.controller import Controller
@@ -79,7 +79,7 @@ def _shard(elastic: ElasticGraphModule) -> ElasticGraphModule:
 
 def _train(elastic: ElasticGraphModule, batches: _Step, shard: bool = False, **options: Any) -> TrainResult:
     controller = Controller(chains(elastic, Grid(8, (4, 6, 8))))
-    proxy = SpectralProxy(elastic, [(x,) for x, _ in _batches()])
+    proxy = TrainingProxy(elastic, [(x,) for x, _ in _batches()])
     if shard:
         _shard(elastic)
     options |= {"epochs": _STEPS, "controller": controller, "proxy": proxy, "weights": _WEIGHTS, "progress": False}

@@ -15,7 +15,7 @@ from tvm.runtime import vm as runtime
 
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import build_library
-from t3c_compile.certificate import SpectralProxy, observed_drift
+from t3c_compile.certificate import TrainingProxy, observed_drift
 from t3c_compile.chain import Grid, chains
 from t3c_compile.controller import Controller
 from t3c_compile.groups import layer_groups, member_level
@@ -252,7 +252,7 @@ def test_the_certificate_sums_the_calls_of_a_shared_layer() -> None:
     """One term a call, for a model with tied, shared and looked-up weights; of so few samples the greatest drift."""
     model, inputs = layer_net("tied")
     elastic = transform(model, inputs)
-    proxy = SpectralProxy(elastic, [inputs])
+    proxy = TrainingProxy(elastic, [inputs])
     assert {name: len(calls) for name, calls in proxy.statistics.items()} == {
         name: {"again": 3, "places": 1}.get(name, 2) for name in proxy.statistics
     }

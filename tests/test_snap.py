@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from t3c_compile.backends.targets import get_target
-from t3c_compile.certificate import SpectralProxy, certified_drift, error_norms, observed_drift
+from t3c_compile.certificate import TrainingProxy, certified_drift, error_norms, observed_drift
 from t3c_compile.chain import Grid, chains, paying_ranks
 from t3c_compile.cost import dense_int8_bytes, layer_cost, profile_cost
 from t3c_compile.passes.elastic import elastic_layers
@@ -235,7 +235,7 @@ def test_training_drift_converges_to_the_exact_sum_and_differentiates(conv: str)
     """Away from the tabled ranks, and after factors have changed; layer by layer, in turn."""
     model, inputs = conv_net()
     elastic = transform(model, inputs, Config(conv=conv))
-    proxy = SpectralProxy(elastic, [inputs])
+    proxy = TrainingProxy(elastic, [inputs])
     layers = dict(elastic_layers(elastic))
     options = {n: Option(layer.form, min(7, layer.max_rank), 6) for n, layer in layers.items()}
     gates = {
@@ -261,7 +261,7 @@ def test_training_drift_is_of_the_size_of_the_drift_seen() -> None:
     elastic = transform(model, inputs)
     torch.manual_seed(0)
     calibration, fresh = torch.randn(128, 64), torch.randn(500, 64)
-    proxy = SpectralProxy(elastic, [(calibration,)])
+    proxy = TrainingProxy(elastic, [(calibration,)])
     for rank, bits in ((4, 4), (16, 6), (30, 8)):
         options = {name: Option(layer.form, min(rank, layer.max_rank), bits) for name, layer in proxy.layers.items()}
         elastic.set_options(options)
