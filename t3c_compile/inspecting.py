@@ -33,7 +33,10 @@ def inspect_artifact(path: str, as_json: bool) -> None:
             row = {"target": target, "profile": profile["name"], **summarize_options(profile["options"])}
             row |= {"size_kb": profile["size_bytes"] / 1e3, "latency_ms": cost["latency_ms"]}
             row |= {"latency_source": cost["source"].partition(":")[0].partition(" ")[0]}
-            row |= {"energy_mj": cost["energy_mj"], "energy_source": cost.get("energy_source", "").partition(":")[0]}
+            row |= {
+                "energy_mj": cost["energy_mj"],
+                "energy_source": str(cost.get("energy_source", "")).partition(":")[0],
+            }
             row |= {"accuracy": profile["quality"].get("accuracy"), "kl": profile["quality"]["kl"]}
             rows.append(row | {"certificate": profile["certificate"]["bound"]} | conformal)
     show(f"{path}: accuracy and KL on calibration data", rows, as_json)
