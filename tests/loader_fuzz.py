@@ -96,7 +96,7 @@ def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
     elif kind == 5:
         del found[at : at + rng.randrange(1, 64)]
     else:
-        found[:8] = struct.pack("<Q", rng.choice((0, 1, len(data), len(data) - 8, 2**31, 2**63, 2**64 - 1)))
+        found[:8] = struct.pack("<Q", rng.choice((0, 1, len(data), max(0, len(data) - 8), 2**31, 2**63, 2**64 - 1)))
     return bytes(found)
 
 
