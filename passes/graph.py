@@ -116,8 +116,7 @@ class ElasticGraphModule(GraphModule):
         Raises:
             T3CError: another ``dtype``.
         """
-        if dtype not in ("int8", "float32"):
-            raise T3CError(f"activations can be int8 or float32, not {dtype!r}")
+        _require_dtype("activations", dtype)
         for _, layer in elastic_layers(self):
             layer.float_activations = dtype == "float32" and layer.weight_only_op is not None
 
@@ -133,8 +132,7 @@ class ElasticGraphModule(GraphModule):
         from t3c_compile.passes.infer_values import infer_values
         from t3c_compile.passes.quantize_attention import FloatAttention, QuantizeAttention
 
-        if dtype not in ("int8", "float32"):
-            raise T3CError(f"attention can be int8 or float32, not {dtype!r}")
+        _require_dtype("attention", dtype)
 
         def quantize(gm: GraphModule) -> None:
             infer_values(gm, self.meta["t3c_inputs"])
@@ -151,11 +149,8 @@ class ElasticGraphModule(GraphModule):
         """
         from t3c_compile.passes.quantize_residuals import FloatResiduals, QuantizeResiduals
 
-        if dtype not in ("int8", "float32"):
-            raise T3CError(f"residuals can be int8 or float32, not {dtype!r}")
-        self.run_pass(FloatResiduals())
-        if dtype == "int8":
-            self.run_pass(QuantizeResiduals())
+        _require_dtype("residuals", dtype)
+        self.run_pass(QuantizeResiduals() if dtype == "int8" else FloatResiduals())
 
     def to_dense(
         self, model: nn.Module | None = None, options: Mapping[str, Option] | None = None
@@ -186,6 +181,11 @@ class ElasticGraphModule(GraphModule):
             module.graph._tracer_cls = None
             plain.append(module)
         return plain[0], plain[1], dict(self.meta), self.training
+
+
+def _require_dtype(what: str, dtype: str) -> None:
+    if dtype not in ("int8", "float32"):
+        raise T3CError(f"{what} can be int8 or float32, not {dtype!r}")
 
 
 @contextmanager

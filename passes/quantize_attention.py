@@ -29,8 +29,8 @@ class QuantizeAttention(Pass):
 
     def apply(self, gm: GraphModule) -> bool:
         notes, changed = report_of(gm).notes, False
-        for node in attentions(gm):
-            if is_rounded(node):
+        for node in _attentions(gm):
+            if _is_rounded(node):
                 continue
             layer = _layer_before(gm, node)
             if reason := _refusal(node, layer):
@@ -54,7 +54,7 @@ class FloatAttention(Pass):
     name: ClassVar[str] = "float-attention"
 
     def apply(self, gm: GraphModule) -> bool:
-        rounded = [node for node in attentions(gm) if is_rounded(node)]
+        rounded = [node for node in _attentions(gm) if _is_rounded(node)]
         for node in rounded:
             _unround(node)
         erase_dead_attrs(gm)
@@ -64,8 +64,8 @@ class FloatAttention(Pass):
 def take_integer_attention(gm: GraphModule, options: Mapping[str, Option]) -> frozenset[str]:
     """Take the rounding away, and name the attentions that ``options`` deploy in integers."""
     found = set()
-    for node in attentions(gm):
-        if is_rounded(node):
+    for node in _attentions(gm):
+        if _is_rounded(node):
             bits = _tensors(node)[0].args[1]
             assert isinstance(bits, Node)
             if options[str(bits.target).removesuffix(_BITS)].bits != 32:
@@ -75,11 +75,11 @@ def take_integer_attention(gm: GraphModule, options: Mapping[str, Option]) -> fr
     return frozenset(found)
 
 
-def attentions(gm: GraphModule) -> list[Node]:
+def _attentions(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "call_function" and node.target == _ATTENTION]
 
 
-def is_rounded(node: Node) -> bool:
+def _is_rounded(node: Node) -> bool:
     return _tensors(node)[0].target == _ROUND
 
 

@@ -45,8 +45,8 @@ class QuantizeResiduals(Pass):
         return changed
 
     def _rounded(self, gm: GraphModule, image: Any, reader: Node) -> Node:
-        number: Any = reader.kwargs.get("call", 0)
-        name, call, graph = str(reader.target), int(number), gm.graph
+        call: Any = reader.kwargs.get("call", 0)
+        name, graph = str(reader.target), gm.graph
         # Copies: the layer's next run moves its range, and the backward of this one needs its own.
         scale, zero_point = (
             graph.call_function(

@@ -266,13 +266,12 @@ class TrainingProxy(SpectralProxy):
         training = model.training
         model.eval()
         model.set_full()
-        full = [first_tensor(model(*inputs)) for inputs in calibration]
+        full = logits_of(model, calibration)
         floats = {name: layer.float_activations for name, layer in self.layers.items()}
         model.set_options({name: Option(layer.form, layer.max_rank // 2, 6) for name, layer in self.layers.items()})
         for layer in self.layers.values():
             layer.float_activations = True
-        logits = [first_tensor(model(*inputs)) for inputs in calibration]
-        seen = torch.cat([observed_drift(one, found) for one, found in zip(full, logits, strict=True)])
+        seen = observed_drifts(full, logits_of(model, calibration))
         gates = {name: (layer.gate.mask, layer.gate.bits) for name, layer in self.layers.items() if layer.gate}
         total = float(self._read(gates).sum())
         for name, layer in self.layers.items():
@@ -360,3 +359,14 @@ def observed_drift(full: Tensor, logits: Tensor) -> Tensor:
     """2-norm of the logit difference of each sample; both [batch, ...] -> [batch]."""
     drift: Tensor = (logits - full).flatten(1).norm(dim=1)
     return drift
+
+
+def observed_drifts(full: Sequence[Tensor], logits: Sequence[Tensor]) -> Tensor:
+    """:func:`observed_drift` of all samples, of logits by batch -> [samples]."""
+    return torch.cat([observed_drift(batch, found) for batch, found in zip(full, logits, strict=True)])
+
+
+@torch.no_grad()
+def logits_of(model: ElasticGraphModule, calibration: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """[samples, ..., classes] of each batch; sizes may differ from batch to batch, as sequence lengths do."""
+    return [first_tensor(model(*inputs)) for inputs in calibration]

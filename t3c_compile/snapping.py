@@ -10,7 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from t3c_compile.backends.targets import OWN_TARGETS, Target
-from t3c_compile.certificate import SpectralProxy, certified_drift, observed_drift
+from t3c_compile.certificate import SpectralProxy, certified_drift, logits_of, observed_drifts
 from t3c_compile.chain import Grid, chains
 from t3c_compile.cost import Cost, kept_bytes, option_costs, profile_cost
 from t3c_compile.energy import MODELLED
@@ -20,7 +20,6 @@ from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
-from t3c_compile.passes.path_gains import first_tensor
 from t3c_compile.passes.specialize import with_dense
 from t3c_compile.profile import Profile, ProfileSet
 from t3c_compile.transforming import observe
@@ -96,7 +95,9 @@ def snap(
             f"widths {', '.join(map(str, grid.bits))}) leaves every layer one option, and no profiles to choose from: "
             f"name a target with a finer grid or more widths, or describe one in a file named in {OWN_TARGETS}"
         )
-    model = deployed_forms(model, targets)
+    # A layer whose factors never pay on this grid is deployed dense, and so it is measured dense.
+    dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
+    model = with_dense(model, dense) if dense else model
     proxy = SpectralProxy(model, calibration)
     errors: dict[str, dict[Option, float]] = {}
     if controller is None:
@@ -111,7 +112,7 @@ def snap(
     require_fit("the least profile", sizes[0], activations, targets, "name a target with more memory")
     fitting = [i for i, size in enumerate(sizes) if fits(size, activations, targets)]
     beyond, sizes = len(sizes) - len(fitting), sizes[: len(fitting)]
-    full = _logits(model, calibration)
+    full = logits_of(model, calibration)
     measured: dict[int, Profile] = {}
     with Progress(disable=not progress, transient=True) as bar:
 
@@ -139,16 +140,9 @@ def snap(
         profile.name = f"p{index}"
     for high, low in pairwise(reversed(kept)):
         # What two profiles' samples say may cross by chance; the greater bound holds for the lesser profile too.
-        _raise_bound(low.certificate, high.certificate["bound"])
+        if low.certificate["bound"] < high.certificate["bound"]:
+            _set_bound(low.certificate, high.certificate["bound"])
     return ProfileSet(kept, order, notes)
-
-
-def deployed_forms(model: ElasticGraphModule, targets: Sequence[Target]) -> ElasticGraphModule:
-    """``model``, or a copy in which the layers whose factors never pay on the targets' grid are dense: as they are
-    deployed, so they are measured."""
-    ladder = chains(model, grid_of(targets))
-    dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
-    return with_dense(model, dense) if dense else model
 
 
 def _full_options(model: ElasticGraphModule, ladder: Mapping[str, tuple[Option, ...]]) -> dict[str, Option]:
@@ -246,13 +240,7 @@ def _between(sizes: list[float], kept: list[int], measured: set[int]) -> list[in
     return [point for _, point in sorted(found)]
 
 
-@torch.no_grad()
-def _logits(model: ElasticGraphModule, calibration: Sequence[Inputs]) -> list[Tensor]:
-    """[samples, ..., classes] of each batch; sizes may differ from batch to batch, as sequence lengths do."""
-    return [first_tensor(model(*inputs)) for inputs in calibration]
-
-
-def quality(full: list[Tensor], logits: list[Tensor], labels: Tensor | None) -> dict[str, float]:
+def _quality(full: list[Tensor], logits: list[Tensor], drifts: Tensor, labels: Tensor | None) -> dict[str, float]:
     """Means over predictions (a language model makes one per token); ``drift`` is per sample."""
     pairs = list(zip(full, logits, strict=True))
     chosen = torch.cat([batch.argmax(-1).flatten() for batch in logits])
@@ -264,16 +252,11 @@ def quality(full: list[Tensor], logits: list[Tensor], labels: Tensor | None) -> 
     found = {
         "kl": float(torch.stack(divergence).sum()) / len(chosen),
         "agreement": float(agreed.float().mean()),
-        "drift": float(_drifts(full, logits).mean()),
+        "drift": float(drifts.mean()),
     }
     if labels is not None:
         found["accuracy"] = float((chosen == labels.flatten()).float().mean())
     return found
-
-
-def _drifts(full: list[Tensor], logits: list[Tensor]) -> Tensor:
-    """Of all samples."""
-    return torch.cat([observed_drift(batch, found) for batch, found in zip(full, logits, strict=True)])
 
 
 def _measure(
@@ -289,8 +272,8 @@ def _measure(
     model.set_options(options)
     observe(model, calibration)
     activations = {name: layer.activations() for name, layer in elastic_layers(model)}
-    logits = _logits(model, calibration)
-    drift = _drifts(full, logits)
+    logits = logits_of(model, calibration)
+    drifts = observed_drifts(full, logits)
     costs: dict[str, dict[str, Any]] = {}
     size = 0.0
     for target in targets:
@@ -302,20 +285,21 @@ def _measure(
             "source": target.cost_source,
             "energy_source": MODELLED,
         }
-    bound, share = certified_drift(drift)
+    bound, share = certified_drift(drifts)
     terms = proxy.certify(options, activations, errors)
-    scale = bound / (sum(terms.values()) or 1.0)
-    layers = {name: scale * term for name, term in terms.items()}
-    statement = _statement(len(drift), share)
-    certificate = {"kind": "spectral", "bound": bound, "layers": layers, "share": share, "statement": statement}
-    return Profile("", options, activations, round(size), quality(full, logits, labels), certificate, costs)
+    statement = _statement(len(drifts), share)
+    total = sum(terms.values())
+    certificate = {"kind": "spectral", "bound": total, "layers": terms, "share": share, "statement": statement}
+    _set_bound(certificate, bound)
+    quality = _quality(full, logits, drifts, labels)
+    return Profile("", options, activations, round(size), quality, certificate, costs)
 
 
-def _raise_bound(certificate: dict[str, Any], least: float) -> None:
-    if certificate["bound"] < least:
-        scale = least / (certificate["bound"] or 1.0)
-        certificate["layers"] = {name: scale * term for name, term in certificate["layers"].items()}
-        certificate["bound"] = least
+def _set_bound(certificate: dict[str, Any], bound: float) -> None:
+    """Give a certificate another bound, divided among the layers as before."""
+    scale = bound / (certificate["bound"] or 1.0)
+    certificate["layers"] = {name: scale * term for name, term in certificate["layers"].items()}
+    certificate["bound"] = bound
 
 
 def drop_dominated(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:

@@ -59,10 +59,9 @@ def attention_f32(
     products = chain_matmul(grouped, key.reshape(batch * groups, keys, width).transpose(1, 2))
     s = products.reshape(batch, heads, rows, keys)
     s = mask_scores(s, torch.tensor(scale, dtype=torch.float32), attn_mask, is_causal)
-    e = fast_exp(TORCH, s - s.amax(-1, keepdim=True).clamp_min(_LEAST))
+    e, inverse = exponentials(s)
     y = chain_matmul(e.reshape(*grouped.shape[:2], keys), value.reshape(batch * groups, keys, -1))
-    # The greatest score counts 1, so a sum is 0 or at least 1.
-    return y.reshape(batch, heads, rows, -1) * (1.0 / row_sum(e).clamp_min(1.0))
+    return y.reshape(batch, heads, rows, -1) * inverse
 
 
 def mask_scores(products: Tensor, scale: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -78,8 +77,18 @@ def mask_scores(products: Tensor, scale: Tensor, attn_mask: Tensor | None, is_ca
     return s
 
 
+def exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``exp(s - max(s))`` of every row of ``scores``, and one over their sum, [..., 1]."""
+    e = fast_exp(TORCH, scores - scores.amax(-1, keepdim=True).clamp_min(_LEAST))
+    # The greatest score counts 1, so a sum is 0 or at least 1.
+    return e, 1.0 / row_sum(e).clamp_min(1.0)
+
+
 @attention_f32.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """What attention gives, without values."""
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 

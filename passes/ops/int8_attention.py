@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t3c_compile.passes.ops.attention import mask_scores
+from t3c_compile.passes.ops.attention import attended, exponentials, mask_scores
 from t3c_compile.passes.ops.fake_quantize import is_float
-from t3c_compile.passes.ops.float_math import TORCH, fast_exp, row_sum
 
 aten = torch.ops.aten
 
@@ -58,13 +57,17 @@ fake_quantize_rows.register_autograd(_rows_backward)
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """Scaled dot-product attention with both products in integers; arguments and masks as ``t3c::attention_f32``. ::
+    """Scaled dot-product attention with both products in integers.
 
-    q, k, v = rows of query, key, value as int8, of steps sq, sk, sv
-    s = (q @ k.T) * sk * (sq * scale) + mask      (fused with a float mask; -inf for what takes no part)
-    e = exp(s - max(s))                           (0 below 2**-126)
-    p = round(e * sv * (127 / max(e * sv)))       (each key's share with its step, as int8)
-    y = (p @ v) * (max(e * sv) * (1 / 127) * (1 / sum(e)))
+    Arguments, masks and result as ``t3c::attention_f32``. ::
+
+        q, k, v = rows of query, key, value as int8, of steps sq, sk, sv
+        s = (q @ k.T) * sk * (sq * scale) + mask      (fused with a float mask; -inf for what takes no part)
+        e = exp(s - max(s))                           (0 below 2**-126)
+        p = round(e * sv * (127 / max(e * sv)))       (each key's share with its step, as int8)
+        y = (p @ v) * (max(e * sv) * (1 / 127) * (1 / sum(e)))
+
+    Values that take no part must be finite.
     """
     share = query.shape[1] // key.shape[1]
     if share > 1:
@@ -73,18 +76,15 @@ def attention_int8(
     # Whole numbers below 2**24: a float32 product is exact in any order.
     s = (q @ k.transpose(-1, -2)) * k_step.transpose(-1, -2)
     s = mask_scores(s, q_step * scale, attn_mask, is_causal)
-    e = fast_exp(TORCH, s - s.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min))
+    e, inverse = exponentials(s)
     p = e * v_step.transpose(-1, -2)
     greatest = p.amax(-1, keepdim=True).clamp_min(LEAST_NORM)
     y = (_whole(p, greatest).double() @ v.double()).float()
-    # The greatest score counts 1, so a sum is 0 or at least 1.
-    result: Tensor = y * ((greatest * STEP) * (1.0 / row_sum(e).clamp_min(1.0)))
+    result: Tensor = y * ((greatest * STEP) * inverse)
     return result
 
 
-@attention_int8.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+attention_int8.register_fake(attended)
 
 
 def attention_int8_aten(
