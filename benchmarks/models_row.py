@@ -113,6 +113,8 @@ class Row:
     def train_step(self) -> str:
         """One step of gradient descent, of a size that should lower the loss by 1%; later cells go on from there."""
         elastic = self.elastic.train()
+        # Only capture and transform are compared with the model; a large one is not kept beside its factors.
+        self.__dict__.pop("model", None)
         with full_width_known(elastic):
             loss = self._loss()
             loss.backward()
