@@ -100,6 +100,9 @@ class ElasticLayer(nn.Module):
     def _rounded_out(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The last factor [m, R] in units of its component scale, and that scale [R], which the middle carries."""
         scale = weight_scale(u.detach(), 0)
+        if self.unrounded and not (self.h_quant and self.h_quant.training):
+            # Nothing then depends on the middle's units, and a copy in units would be kept for the gradient.
+            return u, torch.ones_like(scale[0])
         normalized = u / scale
         if self.x_quant is not None and not self.unrounded:
             normalized = fake_quantize_weight(normalized, torch.ones(()), self._bits())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.kernels import vmath
 from t3c_compile.backends.tvm.kernels.attention_f32 import score_panels
 from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, RowTile
 from t3c_compile.backends.tvm.kernels.emit import (
@@ -224,4 +225,4 @@ class IntegerProducts:
 
 def _whole(x: Buffer, at: Index, ratio: Expr) -> Expr:
     """Sixteen numbers of ``x`` as whole ones, int32."""
-    return T.cast(T.nearbyint(load(x, at, BLOCK) * fill(ratio, BLOCK)), "int32x16")
+    return vmath.nearest(load(x, at, BLOCK) * fill(ratio, BLOCK), BLOCK)

@@ -225,13 +225,6 @@ def top_bits(weights: Expr, bits: int, lanes: int) -> Expr:
     return (weights + fill(T.int8(step // 2), lanes)) & fill(T.int8(-step), lanes)
 
 
-def requantize(acc: Expr, multiplier: Expr, lanes: int) -> Expr:
-    """Symmetric int8 of int32 ``acc`` times float32 ``multiplier``, as int32 lanes in [-127, 127], ties to even."""
-    scaled = T.nearbyint(T.cast(acc, vec("float32", lanes)) * multiplier)
-    clamped = T.max(T.min(scaled, fill(T.float32(127), lanes)), fill(T.float32(-127), lanes))
-    return T.cast(clamped, vec("int32", lanes))
-
-
 def row_chunks(rows: Index) -> Index:
     """How many chunks of rows there are; one at least: TVM folds what even a branch never taken divides by."""
     count = ceil_div(rows, CHUNK_ROWS)

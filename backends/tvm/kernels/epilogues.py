@@ -11,12 +11,11 @@ from t3c_compile.backends.tvm.kernels.emit import (
     ceil_div,
     fill,
     load_partial,
-    requantize,
     store,
     vec,
     when,
 )
-from t3c_compile.backends.tvm.kernels.finish import Writer
+from t3c_compile.backends.tvm.kernels.finish import Writer, bounded_int32, narrowed
 from t3c_compile.backends.tvm.kernels.gemm import Epilogue
 from t3c_compile.backends.tvm.kernels.isa import Isa
 
@@ -61,10 +60,10 @@ def middle(
     rest = ceil_div(rank, isa.word) * isa.word - ceil_div(rank, lanes) * lanes
 
     def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
-        h = requantize(acc, load_partial(scale, column, lanes, valid) * fill(factor, lanes), lanes)
-        # Lanes past the rank are zero (their scale is), as the next product needs.
-        h = T.cast(h + fill(T.int32(isa.offset), lanes), vec(isa.activation_dtype, lanes))
-        store(target, place(row) + column, h, lanes)
+        value = T.cast(acc, vec("float32", lanes)) * (load_partial(scale, column, lanes, valid) * fill(factor, lanes))
+        # Symmetric. Lanes past the rank are zero (their scale is), as the next product needs.
+        h = bounded_int32(value, T.float32(-127), None if isa.offset else T.float32(127), lanes)
+        store(target, place(row) + column, narrowed(h + fill(T.int32(isa.offset), lanes), isa.offset, lanes), lanes)
         if rest > 0:
             zeros = fill(T.cast(isa.offset, isa.activation_dtype), rest)
             when(column + lanes >= rank, lambda: store(target, place(row) + column + lanes, zeros, rest))

@@ -116,22 +116,46 @@ class Writer:
         value = T.bind(value)
         if self._y is not None:
             store_partial(self._y, index, value, lanes, valid)
+        positive = self._finish.steps[-1:] == ("relu",)
         for q, inverse, zero_point in self._forms:
-            form = quantized_int32(value, inverse, zero_point, lanes)
-            if self._finish.offset:
-                form = form + fill(T.int32(self._finish.offset), lanes)
-            store_partial(q, index, T.cast(form, vec(self._finish.form_dtype, lanes)), lanes, valid)
+            form = quantized_int32(value, inverse, zero_point, lanes, self._finish.offset, positive)
+            store_partial(q, index, narrowed(form, self._finish.offset, lanes), lanes, valid)
 
 
 def quantized(value: Expr, inverse: Expr, zero_point: Expr, lanes: int) -> Expr:
     """``t3c::quantize_int8`` of float32 ``value``; ``inverse`` (1 / scale) and ``zero_point`` are float32 scalars."""
     # By way of int32 the cast vectorizes.
-    return T.cast(quantized_int32(value, inverse, zero_point, lanes), vec("int8", lanes))
+    return narrowed(quantized_int32(value, inverse, zero_point, lanes), 0, lanes)
 
 
-def quantized_int32(value: Expr, inverse: Expr, zero_point: Expr, lanes: int) -> Expr:
-    """The same in int32."""
-    q = T.nearbyint(value * fill(inverse, lanes)) + fill(zero_point, lanes)
-    # Clamping before the cast keeps huge inputs defined.
-    clamped = T.max(T.min(q, fill(T.float32(127), lanes)), fill(T.float32(-128), lanes))
-    return T.cast(clamped, vec("int32", lanes))
+def quantized_int32(
+    value: Expr, inverse: Expr, zero_point: Expr, lanes: int, offset: int = 0, positive: bool = False
+) -> Expr:
+    """The same in int32; with an ``offset``, that is added, and ``narrowed`` has yet to bound it from above.
+
+    A ``positive`` value needs no lower bound: no zero point is below the least int8.
+    """
+    # The bounds are whole numbers, so a value may meet them before it is rounded.
+    scaled = value * fill(inverse, lanes)
+    low = None if positive else T.float32(-128) - zero_point
+    high = None if offset else T.float32(127) - zero_point
+    return bounded_int32(scaled, low, high, lanes) + fill(T.cast(zero_point, "int32") + T.int32(offset), lanes)
+
+
+def bounded_int32(value: Expr, low: Expr | None, high: Expr | None, lanes: int) -> Expr:
+    """The int32 nearest to float32 ``value``, within bounds that are whole numbers."""
+    if high is not None:
+        value = T.min(value, fill(high, lanes))
+    if low is not None:
+        value = T.max(value, fill(low, lanes))
+    return vmath.nearest(value, lanes)
+
+
+def narrowed(form: Expr, offset: int, lanes: int) -> Expr:
+    """int32 ``form`` as int8, or with an ``offset`` as uint8, where any value past 255 becomes 255.
+
+    That bound and the cast are one instruction; what x86 makes of a float past int32's range is past 255, too.
+    """
+    if not offset:
+        return T.cast(form, vec("int8", lanes))
+    return T.cast(T.min(T.reinterpret(vec("uint32", lanes), form), fill(T.uint32(255), lanes)), vec("uint8", lanes))

@@ -13,22 +13,34 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.kernels.emit import fill, float32, vec
 from t3c_compile.passes.ops import float_math
 
+
+def _register(name: str, what: str, intrinsic: str) -> str:
+    """A TIR op of one argument that is an LLVM intrinsic, and vectorizes as TVM's own do."""
+    if name not in _ir.ListOpNames():
+        _ir.RegisterOp(name, what)
+        tvm.ir.register_op_attr(name, "TVectorizable", True)
+        tvm.ir.register_op_attr(name, "TCallEffectKind", tvm.tirx.CallEffectKind.Pure.value)
+        tvm.tirx.register_intrin_lowering(
+            name, target="llvm", f=lambda call: T.call_llvm_pure_intrin(str(call.ty.dtype), intrinsic, call.args[0])
+        )
+    return name
+
+
 # LLVM joins a product and a sum into one operation wherever they meet; nothing passes through this fence.
-_ROUNDED = "tirx.t3c_rounded"
-if _ROUNDED not in _ir.ListOpNames():
-    _ir.RegisterOp(_ROUNDED, "The value as float32, never as part of a fused multiply-add.")
-    tvm.ir.register_op_attr(_ROUNDED, "TVectorizable", True)
-    tvm.ir.register_op_attr(_ROUNDED, "TCallEffectKind", tvm.tirx.CallEffectKind.Pure.value)
-    tvm.tirx.register_intrin_lowering(
-        _ROUNDED,
-        target="llvm",
-        f=lambda call: T.call_llvm_pure_intrin(str(call.ty.dtype), "llvm.arithmetic.fence", call.args[0]),
-    )
+_ROUNDED = _register(
+    "tirx.t3c_rounded", "The value as float32, never as part of a fused multiply-add.", "llvm.arithmetic.fence"
+)
+_NEAREST = _register("tirx.t3c_nearest", "The nearest int32, ties to even.", "llvm.lrint")
 
 
 def rounded(x: Expr, lanes: int = 1) -> Expr:
     """The product ``x`` rounded to float32 before anything is added to it."""
     return tvm.tirx.call_intrin(vec("float32", lanes), _ROUNDED, x)
+
+
+def nearest(x: Expr, lanes: int = 1) -> Expr:
+    """float32 ``x`` as int32, ties to even: one instruction. Past the range of int32 it is any number."""
+    return tvm.tirx.call_intrin(vec("int32", lanes), _NEAREST, x)
 
 
 class Lanes:
