@@ -31,7 +31,8 @@ _READ_BYTES, _READ_CALLS, _COPIES_BYTES, _ROUNDS, _TASKS = 1 << 22, 128, 1 << 28
 Case = tuple[int, list[Callable[[], None]]]
 
 
-def _compiled(kernel: Any) -> Any:
+def compiled(kernel: Any) -> Any:
+    """A PrimFunc for this machine."""
     target = host_target()
     module = tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
     return tvm.tirx.build(module, target=tvm.target.Target(dict(target.tvm)), pipeline=KERNEL_PIPELINE)["kernel"]
@@ -57,7 +58,7 @@ def read() -> Case:
                 total = total + load(cell, 0, lanes)
             store(y, task * lanes, total, lanes)
 
-    kernel = _compiled(function.func)
+    kernel = compiled(function.func)
     buffers = [tvm.runtime.tensor(np.ones(words, np.int32)) for _ in range(_READ_CALLS)]
     result = tvm.runtime.tensor(np.zeros((_TASKS, lanes), np.int32))
     kernel(buffers[0], result)
@@ -68,7 +69,7 @@ def read() -> Case:
 def gemv(inputs: int, outputs: int, bits: int) -> Case:
     """One row times random weights."""
     spec = weight_only.WeightOnlySpec((1,), inputs, outputs, bits)
-    kernel = _compiled(weight_only.weight_only_linear(isa_for(host_target()), spec))
+    kernel = compiled(weight_only.weight_only_linear(isa_for(host_target()), spec))
     packing = weight_only.weight_packing((outputs, inputs), bits)
     size = int(np.prod(packing.shape)) * np.dtype(packing.packed_dtype).itemsize
     random = np.random.default_rng(0)
