@@ -42,7 +42,7 @@ Place = Callable[[int, Index, Index], Index]
 
 _OPERANDS = 6  # registers that a turn's words of rows may take beside the accumulators, where it has several
 _LINE = 64  # bytes a cache line
-_NEAR_BYTES = 1 << 15  # a panel that fits beside the rows in the nearest cache needs no call ahead
+_NEAR_BYTES = 1 << 13  # asking for a panel of this size costs more than waiting for it
 
 SPARE_ROWS = 16  # rows past the end that a tile may read
 
