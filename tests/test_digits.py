@@ -75,14 +75,15 @@ def _on_arm64(path: Path, x: Any, profiles: ProfileSet) -> list[list[Any]]:
 
 
 def test_every_profile_agrees_on_the_whole_test_split(digits: Digits, arm64: Any) -> None:
-    """Torch, x86-64 and arm64, bit for bit."""
+    """Torch, x86-64 and arm64, bit for bit; QEMU gets every third image, and in ``benchmarks/digits.py`` all."""
     x = digits.test.numpy()
-    compiled = {"x86_64": _on_x86_64(digits.path, x), "arm64": _on_arm64(digits.path, x, digits.profiles)}
+    compiled = {"x86_64": _on_x86_64(digits.path, x), "arm64": _on_arm64(digits.path, x[::3], digits.profiles)}
     for index in range(len(digits.profiles.profiles)):
         with torch.no_grad():
             expected = digits.graph(index)(digits.test).numpy()
         for target, results in compiled.items():
-            np.testing.assert_array_equal(results[index][0], expected, err_msg=f"{target} {index}")
+            of_target = expected[::3] if target == "arm64" else expected
+            np.testing.assert_array_equal(results[index][0], of_target, err_msg=f"{target} {index}")
 
 
 def with_stages(graph: GraphModule) -> tuple[GraphModule, list[Node]]:

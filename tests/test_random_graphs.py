@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings, strategies
 from random_graphs import Case, cases
 from torch import Tensor
 
@@ -87,9 +87,10 @@ def _random_profile(elastic: ElasticGraphModule, draw: random.Random) -> dict[st
 
 @seed(SEED)
 @settings(_OPTIONS, max_examples=CASES)
-@given(case=cases())
-def test_transform_specialize_and_export(case: Case) -> None:
-    """Equal at full rank and another batch size, trains, and every random profile is a graph that exports again."""
+@given(case=cases(), exports=strategies.sampled_from((False, False, True)))
+def test_transform_specialize_and_export(case: Case, exports: bool) -> None:
+    """Equal at full rank and another batch size, trains, and a random profile is a graph (of which one in three is
+    exported again, for time)."""
     elastic = _elastic(case)
     if elastic is None:
         return
@@ -110,6 +111,8 @@ def test_transform_specialize_and_export(case: Case) -> None:
     assert torch.isfinite(deployed).all()
     # Rounding ties aside, the deployed graph computes what training saw.
     assert float((deployed - trained).norm()) <= 0.05 * float(trained.norm()) + 1e-5
+    if not exports:
+        return
     exported = torch.export.export(graph, case.inputs, strict=False).module()
     assert torch.equal(exported(*case.inputs), deployed)
 
