@@ -36,14 +36,12 @@ class TargetReport:
 
     Attributes:
         profiles: as a session on the target has them.
-        medians: latency in milliseconds by profile; the budget rule takes ``ProfileInfo.latency_ms``.
         conformal: what ``certify`` wrote, None where it has not run.
         kernels: by profile, how a call divides among kernels; None where that was not measured.
         unmeasured: why this machine cannot measure it; None where it can.
     """
 
     profiles: tuple[ProfileInfo, ...]
-    medians: tuple[float, ...]
     conformal: ConformalCertificate | None
     kernels: tuple[KernelTimes, ...] | None
     unmeasured: str | None
@@ -171,5 +169,4 @@ def _target(
 ) -> TargetReport:
     entry = manifest["targets"][name]
     conformal = ConformalCertificate.from_json(entry["conformal"]) if "conformal" in entry else None
-    medians = tuple(float(cost["latency_ms"]) for cost in entry["costs"])
-    return TargetReport(profile_infos(manifest, name), medians, conformal, kernels, unmeasured)
+    return TargetReport(profile_infos(manifest, name), conformal, kernels, unmeasured)

@@ -69,12 +69,12 @@ def _target(target: TargetReport) -> dict[str, Any]:
     certificate = target.conformal
     return {
         "statement": None if certificate is None else certificate.statement,
+        "share": None if certificate is None else 1 - certificate.alpha,
         "kernels": None if target.kernels is None else [asdict(times) for times in target.kernels],
         "unmeasured": target.unmeasured,
         "costs": [
             {
                 "latency_ms": profile.latency_ms,
-                "median_ms": median,
                 "latency_source": profile.latency_source,
                 "energy_mj": profile.energy_mj,
                 "energy_source": profile.energy_source,
@@ -83,6 +83,6 @@ def _target(target: TargetReport) -> dict[str, Any]:
                 "bounds": None if certificate is None else dict(certificate.profiles[profile.index].drift),
                 "agreement": None if certificate is None else certificate.profiles[profile.index].agreement,
             }
-            for profile, median in zip(target.profiles, target.medians, strict=True)
+            for profile in target.profiles
         ],
     }

@@ -17,7 +17,13 @@ function number(value, digits = 3) {
   if (value !== 0 && (Math.abs(value) < 1e-4 || Math.abs(value) >= 1e6)) return value.toExponential(digits - 1);
   return Math.abs(value) >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(digits)));
 }
+// The same with its zeros, for a column.
+const padded = (value) => (typeof value === "number" && Math.abs(value) >= 1e-4 && Math.abs(value) < 100 ? value.toPrecision(3) : number(value));
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
+
+// A name that fits into so many letters; the end of a layer's name tells more than its beginning.
+const head = (name, letters) => (name.length > letters ? `${name.slice(0, Math.max(1, letters - 1))}…` : name);
+const tail = (name, letters) => (name.length > letters ? `…${name.slice(1 - Math.max(2, letters))}` : name);
 
 // What the pointer or the keyboard's focus is on is told in words; `lines` may be a function that gives them.
 function tip(node, title, lines) {
@@ -77,7 +83,7 @@ function ticks({ low, high, log }, count) {
 // An empty plot in `host`, as wide as it is, with axes; what `x` and `y` return are pixels.
 function frame(host, { x, y, height = 300, left = 54 }) {
   const width = Math.max(host.clientWidth, 200), top = 26, right = 14, bottom = 46;
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${y.label}; ${x.label}` });
   const atX = (value) => left + x.scale.at(value) * (width - left - right);
   const atY = (value) => height - bottom - y.scale.at(value) * (height - top - bottom);
   for (const value of ticks(y.scale, 5)) {
@@ -99,12 +105,12 @@ function label(plot, points) {
   const taken = points.map(({ px, py }) => [px - 6, py - 6, px + 6, py + 6]);
   const free = ([l, t, r, b]) =>
     l >= plot.inner.left && r <= plot.inner.right && t >= plot.inner.top - 8 && b <= plot.inner.bottom &&
-    taken.every(([l2, t2, r2, b2]) => r < l2 || l > r2 || b < t2 || t > b2);
-  for (const { px, py, name, on } of [...points].sort((a, b) => Number(b.on) - Number(a.on))) {
-    const text = svg("text", { class: on ? "name on" : "name" }, name);
+    taken.every(([l2, t2, r2, b2]) => r + 4 < l2 || l > r2 + 4 || b < t2 || t > b2);
+  for (const { px, py, name, on } of points.filter((point) => !point.unnamed).sort((a, b) => Number(b.on) - Number(a.on))) {
+    const text = svg("text", { class: on ? "name on" : "name" }, head(name, 24));
     plot.root.append(text);
     const wide = text.getComputedTextLength();
-    const places = [[px - wide / 2, py - 10], [px - wide / 2, py + 19], [px + 10, py + 4], [px - wide - 10, py + 4]];
+    const places = [[px - wide / 2, py - 10], [px - wide / 2, py + 19], [px + 12, py + 4], [px - wide - 12, py + 4]];
     const place = places.find(([l, base]) => free([l, base - 10, l + wide, base + 3]));
     if (!place) { text.remove(); continue; }
     taken.push([place[0], place[1] - 10, place[0] + wide, place[1] + 3]);
@@ -147,38 +153,37 @@ function bounds(host, { points, x, y }) {
   const plot = frame(host, { x: { ...x, scale: same }, y: { ...y, scale: same }, height: 330 });
   plot.root.append(svg("line", { class: "diagonal", x1: plot.x(0), y1: plot.y(0), x2: plot.x(most), y2: plot.y(most) }));
   const placed = points.map((point) => ({ ...point, px: plot.x(point.x), py: plot.y(point.y) }));
-  for (const { px, low, high, second } of placed) {
-    if (high === null) continue;
-    plot.root.append(svg("line", { class: second ? "whisker second" : "whisker", x1: px, x2: px, y1: plot.y(low), y2: plot.y(high) }));
-  }
+  for (const { px, low, high } of placed.filter((point) => point.high !== null))
+    plot.root.append(svg("line", { class: "whisker", x1: px, x2: px, y1: plot.y(low), y2: plot.y(high) }));
   for (const point of placed) mark(plot, point);
   label(plot, placed);
 }
 
-// A grid of layers and profiles, the darker the greater the value.
+// A grid of layers and profiles, the stronger in colour the greater the value.
 function heat(host, { rows, columns, values, on, describe }) {
-  const width = Math.max(host.clientWidth, 200), left = Math.min(230, width * 0.36), top = 24;
-  const high = rows.length > 60 ? 13 : 20, wide = (width - left) / columns.length;
+  const width = Math.max(host.clientWidth, 200), high = rows.length > 60 ? 13 : 20;
+  const font = high < 16 ? 10.5 : width < 420 ? 11 : 12, letter = 0.55 * font;
+  const left = Math.min(letter * Math.max(...rows.map((name) => name.length)) + 14, 0.48 * width);
+  const top = 24, wide = (width - left) / columns.length, bottom = top + rows.length * high;
   const most = Math.max(...values.flat(), 1e-12);
-  const height = top + rows.length * high + 44;
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 44}`, height: bottom + 44, role: "group", "aria-label": "parts of the bound by layer and profile" });
   columns.forEach((name, column) =>
-    root.append(svg("text", { class: column === on ? "name on" : "name", x: left + (column + 0.5) * wide, y: 14, "text-anchor": "middle" }, name)));
-  const letters = Math.floor((left - 10) / (high < 16 ? 5.6 : 6.4));
+    root.append(svg("text", { class: column === on ? "name on" : "name", x: left + (column + 0.5) * wide, y: 14, "text-anchor": "middle" }, head(name, Math.floor(wide / 7)))));
+  const letters = Math.floor((left - 12) / letter);
   rows.forEach((name, row) => {
     const y = top + row * high;
-    const short = name.length > letters ? `…${name.slice(1 - letters)}` : name;
-    root.append(svg("text", { x: left - 8, y: y + high / 2 + 4, "text-anchor": "end", style: high < 16 ? "font-size:10.5px" : null }, short));
+    root.append(svg("text", { x: left - 8, y: y + high / 2 + 4, "text-anchor": "end", style: `font-size:${font}px` }, tail(name, letters)));
     values[row].forEach((value, column) => {
-      const cell = svg("rect", { class: column === on ? "cell on" : "cell", x: left + column * wide, y, width: wide, height: high, style: `fill:${tint(value / most)}` });
+      const cell = svg("rect", { class: "cell", x: left + column * wide, y, width: wide, height: high, style: `fill:${tint(value / most)}` });
       root.append(tip(cell, name, describe(row, column)));
     });
   });
-  const bar = Math.min(220, width - left), y = top + rows.length * high + 14;
-  for (let step = 0; step < 44; step++)
-    root.append(svg("rect", { x: left + (step * bar) / 44, y, width: bar / 44 + 0.5, height: 9, style: `fill:${tint(step / 43)}` }));
+  if (on >= 0) root.append(svg("rect", { class: "column", x: left + on * wide, y: top, width: wide, height: bottom - top }));
+  const bar = Math.min(220, width - left), steps = 44, y = bottom + 14;
+  for (let step = 0; step < steps; step++)
+    root.append(svg("rect", { x: left + (step * bar) / steps, y, width: bar / steps + 0.5, height: 9, style: `fill:${tint(step / (steps - 1))}` }));
   root.append(svg("text", { x: left, y: y + 24 }, "0"));
-  root.append(svg("text", { x: left + bar, y: y + 24, "text-anchor": "end" }, number(most)));
+  root.append(svg("text", { x: left + bar, y: y + 24, "text-anchor": "end" }, `${number(most)}, 2-norm`));
   host.replaceChildren(root);
 }
 const tint = (share) => `color-mix(in oklab, var(--accent) ${(100 * share).toFixed(1)}%, var(--faint))`;

@@ -11,6 +11,8 @@ const KINDS = {
 };
 const state = { target: report.targets[0], kind: "latency_ms", budget: 0, picked: null };
 const short = (source) => source.split(":")[0].split(" ")[0];
+// Where it was not measured, the manifest goes on to say why.
+const energySource = (cost) => (cost.energy_source || "of an unknown source").split(";")[0];
 const measured = (cost) => cost.latency_source.startsWith("measured");
 
 // The runtime's rule (runtime.choose): the last profile whose need is within the budget; of a drift the first whose
@@ -80,7 +82,7 @@ function drawStrip() {
     else parts.push({ picked, from: edges[index], to: edges[index + 1] });
   }
   find("strip").replaceChildren(...parts.map(({ picked, from, to }) => {
-    const name = picked < 0 ? "none" : report.profiles[picked].name;
+    const name = picked < 0 ? "–" : report.profiles[picked].name;
     const part = html("div", { "data-picked": picked, class: picked < 0 ? "none" : null, style: `flex-basis:${100 * (axis.at(to) - axis.at(from))}%` }, name);
     part.addEventListener("click", () => setBudget(above(from)));
     return part;
@@ -100,7 +102,7 @@ function ruleText() {
   return {
     latency_ms: `The runtime picks the greatest profile ${latency}.`,
     size_mb: "The runtime picks the greatest profile whose weights, at its own ranks and widths, are within the limit.",
-    energy_mj: `The runtime picks the greatest profile whose energy a call is within the limit (${cost.energy_source || "source unknown"}).`,
+    energy_mj: `The runtime picks the greatest profile whose energy a call is within the limit (${energySource(cost)}).`,
     max_drift: "The runtime picks the least profile whose certified drift (conformal, 2-norm) is within the limit.",
   }[state.kind];
 }
@@ -111,6 +113,7 @@ function quality(profile) {
 
 function drawPicked() {
   const { target, kind, budget, picked } = state, { unit, flag } = KINDS[kind], out = find("picked");
+  find("rule").textContent = ruleText();
   out.dataset.profile = picked < 0 ? "" : report.profiles[picked].name;
   if (picked < 0) {
     const least = Math.min(...thresholds(target.costs, kind));
@@ -130,7 +133,7 @@ function drawPicked() {
   out.replaceChildren(
     html("span", { class: "name" }, profile.name),
     ...facts.map(([what, value]) => html("dl", {}, html("dt", {}, what), html("dd", {}, value))),
-    html("code", {}, `session.set_budget(t3c.Budget(${kind}=${budget}))   or   t3c-compile run ${report.name} ${flag} ${budget}`),
+    html("div", { class: "how" }, html("code", {}, `session.set_budget(t3c.Budget(${kind}=${budget}))`), html("code", {}, `t3c-compile run ${report.name} ${flag} ${budget}`)),
   );
 }
 
@@ -138,7 +141,7 @@ function drawPicked() {
 function makeLayers() {
   const rows = report.layers.map((name, layer) => {
     const outline = html("b"), row = html("div", { class: "layer", role: "listitem" },
-      html("code", {}, name), html("span", { class: "what" }),
+      html("code", {}, html("bdi", {}, name)), html("span", { class: "what" }),
       html("span", { class: "bar rank" }, html("i"), outline), html("span", { class: "number" }),
       html("span", { class: "bar bits" }, html("i")), html("span", { class: "what" }));
     const most = greatestRank(layer);
@@ -175,14 +178,13 @@ function drawTable() {
     ["profile", false, (profile) => [profile.name]],
     ["ranks", false, (profile) => [profile.rank]],
     ["layers × bits", false, (profile) => [profile.bits.replaceAll("x", "×")]],
-    ["size, MB", true, (profile) => [number(profile.size_mb)]],
-    ["latency, ms", true, (profile, cost) => [number(cost.latency_ms), measured(cost) ? `median ${number(cost.median_ms)}` : null]],
-    ["latency is", false, (profile, cost) => [short(cost.latency_source), measured(cost) ? "90th percentile" : null]],
-    ["energy, mJ", true, (profile, cost) => [number(cost.energy_mj), short(cost.energy_source || "")]],
+    ["size, MB", true, (profile) => [padded(profile.size_mb)]],
+    ["latency, ms", true, (profile, cost) => [padded(cost.latency_ms), short(cost.latency_source)]],
+    ["energy, mJ", true, (profile, cost) => [padded(cost.energy_mj), short(energySource(cost))]],
     [accuracy ? "accuracy" : "same class", true, (profile) => [percent(quality(profile), 2)]],
-    ["drift, mean", true, (profile) => [number(profile.quality.drift)]],
-    ["certified drift", true, (profile) => [`≤ ${number(profile.bound)}`, profile.share === null ? null : `for ${percent(profile.share, 0)} of inputs`]],
-    ...(conformal ? [["of the library", true, (profile, cost) => [cost.drift_bound === null ? "–" : `≤ ${number(cost.drift_bound)}`, "conformal"]]] : []),
+    ["drift, mean", true, (profile) => [padded(profile.quality.drift)]],
+    ["certified drift", true, (profile) => [`≤ ${padded(profile.bound)}`, profile.share === null ? null : `${percent(profile.share, 0)} of inputs`]],
+    ...(conformal ? [["certified, compiled", true, (profile, cost) => [`≤ ${padded(cost.drift_bound)}`, `${percent(state.target.share, 0)} of inputs`]]] : []),
   ];
   const side = (right) => (right ? "number" : null);
   const rows = report.profiles.map((profile, index) =>
@@ -193,11 +195,11 @@ function drawTable() {
   find("profiles").replaceChildren(
     html("thead", {}, html("tr", {}, ...columns.map(([label, right]) => html("th", { class: side(right), scope: "col" }, label)))),
     html("tbody", {}, ...rows));
-  const sources = new Set(costs.map((cost) => cost.latency_source));
-  const energies = new Set(costs.map((cost) => cost.energy_source).filter(Boolean));
+  const sources = new Set(costs.map((cost) => (measured(cost) ? `90th percentile, ${cost.latency_source}` : cost.latency_source)));
+  const energies = new Set(costs.map(energySource));
   find("profiles-note").textContent =
     `From least to greatest; each holds the one before. ${accuracy ? "Accuracy" : "The share of the full model's top-1 classes"} and drift are those on the calibration data, before compilation. ` +
-    `Latency: ${[...sources].join("; ")}. ${energies.size ? `Energy: ${[...energies].join("; ")}.` : ""}`;
+    `Latency: ${[...sources].join("; ")}. Energy: ${[...energies].join("; ")}.`;
 }
 
 function drawTradeoffs() {
@@ -220,6 +222,7 @@ function drawTradeoffs() {
 
 function drawCertificates() {
   const { costs, statement } = state.target;
+  // An artifact made before these were kept has the mean alone.
   const spread = report.profiles.every((profile) => "drift_p95" in profile.quality && "drift_max" in profile.quality);
   const points = [];
   report.profiles.forEach((profile, index) => {
@@ -229,7 +232,7 @@ function drawCertificates() {
     const point = { name: profile.name, y: seen, low: drift, high: spread ? high : null, on: index === state.picked };
     points.push({ ...point, x: profile.bound, second: false, lines: [`bound ${number(profile.bound)}`, ...lines] });
     const bound = costs[index].drift_bound;
-    if (bound !== null) points.push({ ...point, x: bound, second: true, lines: [`conformal bound ${number(bound)}`, ...lines] });
+    if (bound !== null) points.push({ ...point, x: bound, high: null, second: true, unnamed: true, lines: [`conformal bound ${number(bound)}`, ...lines] });
   });
   const what = spread ? "95th percentile; the line goes from the mean to the greatest" : "mean";
   if (points.length) bounds(find("certificate-plot"), {
@@ -245,7 +248,7 @@ function drawCertificates() {
   const at = Math.max(0, state.picked), profile = report.profiles[at], bounded = costs[at].bounds;
   find("statements").replaceChildren(
     html("h3", {}, `${profile.name}: at most ${number(profile.bound)}`),
-    html("p", {}, profile.statement ?? "The artifact does not say what this bound promises."),
+    html("p", {}, profile.statement?.replaceAll("`bound`", number(profile.bound)).replaceAll("`layers` divides", "The map below divides") ?? "The artifact does not say what this bound promises."),
     ...(statement
       ? [html("h3", {}, `${profile.name}, compiled: ${bounded === null ? "no bound" : `at most ${number(bounded.l2)} in 2-norm, ${number(bounded.linf)} in any logit, ${number(bounded.kl)} nats of KL; same class for ${percent(costs[at].agreement)} or more`}`), html("p", {}, statement)]
       : [html("h3", {}, "The compiled library is not certified for this target"), html("p", {}, "t3c-compile certify bounds the drift of the library's own outputs on samples of yours.")]));
@@ -256,7 +259,7 @@ function drawSensitivity() {
   find("sensitivity").hidden = values === null;
   find("sensitivity-note").textContent = values === null
     ? "The artifact does not hold the parts of its certificates by layer, so there is no map."
-    : "How a profile's certified drift (2-norm) divides among its layers, by the spectral sum and to first order: the darker, the more of the bound comes from rounding or truncating that layer.";
+    : "How a profile's certified drift (2-norm) divides among its layers, by the spectral sum and to first order: the stronger the colour, the more of the bound comes from rounding or truncating that layer.";
   if (values === null) return;
   heat(find("sensitivity-plot"), {
     rows: report.layers, columns: report.profiles.map((profile) => profile.name), values, on: state.picked,
