@@ -86,7 +86,7 @@ function frame(host, { x, y, height = 300, left = 54 }) {
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${y.label}; ${x.label}` });
   const atX = (value) => left + x.scale.at(value) * (width - left - right);
   const atY = (value) => height - bottom - y.scale.at(value) * (height - top - bottom);
-  for (const value of ticks(y.scale, 5)) {
+  for (const value of ticks(y.scale, 5).filter(y.possible ?? (() => true))) {
     root.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: atY(value), y2: atY(value) }));
     root.append(svg("text", { x: left - 8, y: atY(value) + 4, "text-anchor": "end" }, y.text(value)));
   }
@@ -135,7 +135,7 @@ function mark(plot, { px, py, name, lines, on, second }) {
 function pareto(host, { points, x, y }) {
   const plot = frame(host, {
     x: { ...x, scale: around(points.map((point) => point.x)) },
-    y: { ...y, scale: around(points.map((point) => point.y), 0.14) },
+    y: { ...y, scale: around(points.map((point) => point.y), 0.14), possible: (share) => share >= 0 && share <= 1 },
   });
   const placed = points.map((point) => ({ ...point, px: plot.x(point.x), py: plot.y(point.y) }));
   let best = -Infinity;

@@ -12,7 +12,7 @@ const KINDS = {
 const state = { target: report.targets[0], kind: "latency_ms", budget: 0, picked: null };
 const short = (source) => source.split(":")[0].split(" ")[0];
 // Where it was not measured, the manifest goes on to say why.
-const energySource = (cost) => (cost.energy_source || "of an unknown source").split(";")[0];
+const energySource = (cost) => (cost.energy_source || "unknown").split(";")[0];
 const measured = (cost) => cost.latency_source.startsWith("measured");
 
 // The runtime's rule (runtime.choose): the last profile whose need is within the budget; of a drift the first whose
