@@ -31,7 +31,8 @@ function thresholds(costs, kind) {
 // The least number of four digits that is no lower.
 function above(value) {
   const rounded = Number(value.toPrecision(4));
-  return rounded >= value ? rounded : Number((value * 1.0005).toPrecision(4));
+  const step = 10 ** (Math.floor(Math.log10(value)) - 3);
+  return rounded >= value ? rounded : Number((Math.ceil(value / step) * step).toPrecision(4));
 }
 
 function sliderScale() {
