@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     c = add("inspect", _inspect, "show the profiles of an artifact or of an exported folder")
     c.add_argument("artifact")
 
+    c = add("report", _report_page, "write a page about an artifact: budgets, accuracy and cost, certificates, kernels")
+    c.add_argument("artifact")
+    c.add_argument("--baselines", help="JSON: [{name, accuracy (0 to 1), latency_ms, size_mb}, ...] to compare with")
+    c.add_argument("--measure", action="store_true", help="time every kernel on this machine")
+    c.add_argument("-o", "--output", required=True, help="page to write, such as report.html")
+
     add("targets", _targets, "list the targets; a TOML file named by T3C_TARGETS adds more")
 
     c = add("demo", _demo, "train, lower and run the digits example, and show what came of it")
@@ -379,6 +385,14 @@ def _random_inputs(inputs: list[dict[str, Any]]) -> list[Any]:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     inspect_artifact(arguments.artifact, arguments.json)
+
+
+def _report_page(arguments: argparse.Namespace) -> None:
+    from t3c_compile.report import read_report, write_page
+
+    output, baselines = _writable(arguments.output), arguments.baselines or ()
+    write_page(read_report(arguments.artifact, baselines, arguments.measure, sys.stderr.isatty()), output)
+    show("report", [{"artifact": arguments.artifact, "page": str(output)}], arguments.json)
 
 
 def _targets(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,8 @@ class Profile:
             has none takes its activations in float32 (weight-only), or is a table of look-ups alone.
         size_bytes: weights of this profile alone at its own widths.
         quality: on calibration data: ``kl`` (nats, full against this profile), ``agreement`` (top-1 share),
-            ``drift`` (mean logit 2-norm), and ``accuracy`` where labels were given.
+            ``drift`` (mean logit 2-norm; ``drift_p95`` and ``drift_max`` of the same), and ``accuracy`` where labels
+            were given.
         certificate: ``bound`` (logit 2-norm) that a ``share`` of inputs keeps, divided by ``layers``, with the
             ``statement`` in words.
         costs: by target: ``latency_ms``, ``energy_mj``, and the ``source`` of each (``energy_source``).

@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,22 +62,25 @@ class ProfileInfo:
     drift_bound: float | None = None
     energy_source: str = ""
 
-    def fits(self, budget: Budget) -> bool:
-        """Whether every limit of cost that ``budget`` names holds, latency with its margin."""
-        return all(limit is None or cost <= limit for cost, limit in self._against(budget).values())
-
-    def _against(self, budget: Budget) -> dict[str, tuple[float, float | None]]:
+    @property
+    def needs(self) -> dict[str, float]:
+        """The least limit of each cost that this profile fits: latency with its margin, where it was measured."""
         margin = LATENCY_MARGIN if self.latency_source.startswith("measured") else 1.0
-        return {
-            "latency_ms": (self.latency_ms * margin, budget.latency_ms),
-            "energy_mj": (self.energy_mj, budget.energy_mj),
-            "size_mb": (self.size_mb, budget.size_mb),
-        }
+        return {"latency_ms": self.latency_ms * margin, "energy_mj": self.energy_mj, "size_mb": self.size_mb}
+
+    def fits(self, budget: Budget) -> bool:
+        """Whether every limit of cost that ``budget`` names holds."""
+        return not self._beyond(budget)
+
+    def _beyond(self, budget: Budget) -> dict[str, tuple[float, float]]:
+        """The limits of cost that do not hold, each with the least that would."""
+        limits = {name: (getattr(budget, name), need) for name, need in self.needs.items()}
+        return {name: pair for name, pair in limits.items() if pair[0] is not None and pair[1] > pair[0]}
 
     def excess(self, budget: Budget) -> str:
-        """The limits of cost that do not hold, with the least that would."""
-        over = {k: v for k, v in self._against(budget).items() if v[1] is not None and v[0] > v[1]}
-        return ", ".join(f"{name}={limit:g} (needs {cost:.4g})" for name, (cost, limit) in over.items())
+        """The limits of cost that do not hold, with the least that would, in words."""
+        beyond = self._beyond(budget).items()
+        return ", ".join(f"{name}={limit:g} (needs {need:.4g})" for name, (limit, need) in beyond)
 
 
 def choose(profiles: Sequence[ProfileInfo], budget: Budget) -> ProfileInfo:
@@ -132,7 +135,7 @@ class Session:
         entry = here(manifest["targets"][target])
         self.target: str = target
         self.inputs: list[dict[str, Any]] = manifest["inputs"]
-        self.profiles: tuple[ProfileInfo, ...] = _profiles(manifest, target)
+        self.profiles: tuple[ProfileInfo, ...] = profile_infos(manifest, target)
         certificate = entry.get("conformal")
         self._certificate = None if certificate is None else ConformalCertificate.from_json(certificate)
         self._monitor: Monitor | None = None
@@ -219,6 +222,10 @@ class Session:
         fitting = [p.index for p in self.profiles if p.fits(Budget(latency_ms=slo_ms))] if slo_ms > 0 else []
         self._governor = Governor(self._medians, slo_ms, violations, max(fitting, default=0))
         return self._governor
+
+    def watch(self, instrument: Callable[..., int]) -> None:
+        """Have ``instrument`` called around every step of a call; see :meth:`VirtualMachine.watch`."""
+        self._machine.watch(instrument)
 
     def _certified(self) -> ConformalCertificate:
         if self._certificate is None:
@@ -323,7 +330,8 @@ def refusal(entry: Mapping[str, Any]) -> str | None:
     return f"this CPU lacks {', '.join(missing)}" if missing else None
 
 
-def _profiles(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
+def profile_infos(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:
+    """The profiles of a manifest on one of its targets; none of the artifact's other files is opened."""
     costs = manifest["targets"][target]["costs"]
     bounds = manifest["targets"][target].get("conformal", {}).get("profiles", [{}] * len(costs))
     return tuple(

@@ -241,7 +241,7 @@ def _between(sizes: list[float], kept: list[int], measured: set[int]) -> list[in
 
 
 def _quality(full: list[Tensor], logits: list[Tensor], drifts: Tensor, labels: Tensor | None) -> dict[str, float]:
-    """Means over predictions (a language model makes one per token); ``drift`` is per sample."""
+    """Means over predictions (a language model makes one per token); drifts are per sample."""
     pairs = list(zip(full, logits, strict=True))
     chosen = torch.cat([batch.argmax(-1).flatten() for batch in logits])
     agreed = torch.cat([batch.argmax(-1).flatten() for batch in full]) == chosen
@@ -253,6 +253,8 @@ def _quality(full: list[Tensor], logits: list[Tensor], drifts: Tensor, labels: T
         "kl": float(torch.stack(divergence).sum()) / len(chosen),
         "agreement": float(agreed.float().mean()),
         "drift": float(drifts.mean()),
+        "drift_p95": float(drifts.quantile(0.95)),
+        "drift_max": float(drifts.max()),
     }
     if labels is not None:
         found["accuracy"] = float((chosen == labels.flatten()).float().mean())

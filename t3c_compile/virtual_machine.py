@@ -38,6 +38,11 @@ class VirtualMachine:
     def __getitem__(self, function: str) -> Any:
         return self._machine[function]
 
+    def watch(self, instrument: Callable[..., int]) -> None:
+        """Have ``instrument(function, name, before, result, *arguments)`` called before and after every step, kernels
+        and the machine's own; it returns 0 to let the step run."""
+        self._machine["set_instrument"](self._ffi.convert(instrument))
+
     def tensor(self, array: Array) -> Any:
         """``array`` as an argument: itself where it may be, else a copy."""
         if array.ctypes.data % ALIGNMENT or not array.flags.writeable or not array.flags.c_contiguous:

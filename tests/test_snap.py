@@ -139,6 +139,8 @@ def test_quality_is_over_every_token_of_batches_of_several_lengths() -> None:
         drifts = [(one - other).norm() for r in zip(batches, rows, strict=True) for one, other in _samples(*r)]
         assert profile.quality["kl"] == pytest.approx(float(divergence.mean()), rel=0.02, abs=1e-6)
         assert profile.quality["drift"] == pytest.approx(float(torch.stack(drifts).mean()), rel=0.02)
+        assert profile.quality["drift_p95"] == pytest.approx(float(torch.stack(drifts).quantile(0.95)), rel=0.02)
+        assert profile.quality["drift_max"] == pytest.approx(float(torch.stack(drifts).max()), rel=0.02)
         assert profile.quality["agreement"] == pytest.approx(
             float((full.argmax(-1) == found.argmax(-1)).float().mean()), abs=0.04
         )
