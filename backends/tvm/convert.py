@@ -192,6 +192,13 @@ def _cumsum(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.call(kernel, [x], shape, dtype)
 
 
+def _extreme(operation: Callable[..., relax.Expr], lower: Lowering, a: Arguments) -> relax.Var:
+    """The greatest or least element along dimensions; along all of them where none is named."""
+    x = lower.value(a["self"])
+    axes = [dim % len(shape_of(x)) for dim in a["dim"]] or None
+    return lower.emit(operation(x, axes, a["keepdim"]))
+
+
 def _index_copy(lower: Lowering, a: Arguments) -> relax.Var:
     x, index, source = (lower.value(a[name]) for name in ("self", "index", "source"))
     shape, dtype = shape_of(x), str(x.ty.dtype)
@@ -238,6 +245,8 @@ CONVERTERS: dict[str, Converter] = {
     "slice.Tensor": _slice,
     "select.int": _select,
     "cumsum.default": _cumsum,
+    "amax.default": partial(_extreme, relax.op.max),
+    "amin.default": partial(_extreme, relax.op.min),
     "index_copy.default": _index_copy,
     "scaled_dot_product_attention.default": _attention,
     "npu.default": _npu,
