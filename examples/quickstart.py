@@ -8,7 +8,7 @@
 # From a checkout of the source, on Linux with Python 3.11 to 3.13:
 #
 # ```sh
-# python -m pip install .
+# python -m pip install -c constraints.txt .
 # python -m examples.quickstart
 # ```
 #
