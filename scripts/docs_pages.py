@@ -5,9 +5,10 @@ mkdocs calls the functions whose names begin with ``on_`` (``hooks`` in mkdocs.y
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mkdocs.exceptions import PluginError
@@ -108,6 +109,8 @@ def errors_page() -> str:
     """Every error class of the package with its messages, and every reason for which a layer is kept."""
     trees = {path: ast.parse(path.read_text()) for folder in SOURCES for path in sorted((REPO / folder).rglob("*.py"))}
     classes = _classes(trees)
+    assigned = [node for tree in trees.values() for node in tree.body if isinstance(node, ast.Assign)]
+    constants = {ast.unparse(node.targets[0]): text for node in assigned if (text := _template(node.value))}
     # A function that returns an error, such as a pass's `fail`, is raised in place of its class.
     makers = {
         node.name: node.returns.id
@@ -120,7 +123,7 @@ def errors_page() -> str:
             if isinstance(node, ast.Call) and node.args:
                 called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
                 kind = called if called in classes else makers.get(called)
-                message = _template(node.args[-1]) if kind else ""
+                message = _template(node.args[-1], constants) if kind else ""
                 if kind and re.search(r"[a-z]", message) and message not in classes[kind].messages:
                     classes[kind].messages.append(message)
     parts = [
@@ -159,14 +162,16 @@ def _classes(trees: dict[Path, ast.Module]) -> dict[str, Refusal]:
     return found
 
 
-def _template(node: ast.expr) -> str:
-    """The text of a string expression; ``…`` for what is put in."""
+def _template(node: ast.expr, constants: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The text of a string expression; ``…`` for what is put in, but for a constant of a module."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(_template(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        return "".join(_template(part, constants) or "…" for part in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
+        return constants.get(node.value.id, "")
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _template(node.left) + (_template(node.right) or "…")
+        return (_template(node.left, constants) or "…") + (_template(node.right, constants) or "…")
     return ""
 
 

@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -24,6 +25,8 @@ _KEY_HELP = "Ed25519 private key to sign with, a PEM file"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = build_parser().parse_args(argv)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about its own code: nothing a user can act on
     try:
         arguments.run(arguments)
         sys.stdout.flush()

@@ -182,6 +182,8 @@ class _Moves(nn.Module):
             x.amax(1),
             x.amin((-1, 0), keepdim=True),
             x.amax(),
+            *x.max(1),
+            x.min(-1, keepdim=True).values,
         )
 
 
