@@ -45,7 +45,7 @@ check: .venv/installed-dev typed
 
 # A broken link, a page without a place or one that loads from another host is an error (mkdocs.yml).
 docs: .venv/installed-dev typed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Neither mypy nor mkdocstrings follows setuptools' mapping of passes/ and backends/: this is the package as installed.
 typed:
