@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "t3c-compile train m.safetensors --data my.data:train --epochs 10 -o trained.safetensors",
     )
     _add_model(c)
-    c.add_argument("--epochs", type=int, default=20, help="passes over the data (default 20)")
+    c.add_argument("--epochs", type=_count, default=20, help="passes over the data (default 20)")
     c.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     c.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
     _add_output(c, "checkpoint to write; its .resume is gone on from")
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_model(c)
     c.add_argument("--target", action="append", required=True, help="target name (see `targets`); may be repeated")
-    c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
+    c.add_argument("--profiles", type=_count, default=8, help="how many profiles at the most (default 8)")
     _add_file(c, "--records", help="file that `tune` wrote; its tiles go before the shipped ones")
     _add_file(c, "--sign", metavar="KEY", help=_KEY_HELP)
     _add_output(c, "artifact to write, such as MODEL.t3c")
@@ -116,10 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_model(c)
     c.add_argument("--target", help="target name (default: this machine)")
-    c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
+    c.add_argument("--profiles", type=_count, default=8, help="how many profiles at the most (default 8)")
     _add_file(c, "--records", required=True, help="file of records to add to, such as MODEL.tuning.jsonl")
     c.add_argument("--minutes", type=float, default=15.0, help="of measuring at the most (default 15)")
-    c.add_argument("--threads", type=int, help="that kernels run on (default: all cores)")
+    c.add_argument("--threads", type=_count, help="that kernels run on (default: all cores)")
     c.add_argument("--report", action="store_true", help="only show how each kernel stands")
     remote = c.add_mutually_exclusive_group()
     remote.add_argument("--rpc", metavar="HOST:PORT", action="append", help="measure on a TVM RPC server; repeatable")
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(c)
     c.add_argument("--format", choices=FORMATS, default="onnx", help="what to write (default onnx)")
     c.add_argument("--target", action="append", help="whose ranks and widths profiles have (default x86_64)")
-    c.add_argument("--profiles", type=int, default=8, help="how many profiles at the most (default 8)")
+    c.add_argument("--profiles", type=_count, default=8, help="how many profiles at the most (default 8)")
     _add_output(c, "folder to write, such as MODEL-onnx")
 
     c = add(
@@ -231,6 +231,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("shell", choices=("bash", "zsh"))
     return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

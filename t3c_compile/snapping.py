@@ -85,6 +85,8 @@ def snap(
     """
     if not calibration:
         raise T3CError("snap needs calibration inputs: a few hundred samples of real data")
+    if count < 1:
+        raise T3CError(f"count={count}: snap makes at least one profile")
     training = model.training
     model.eval()
     grid = grid_of(targets)

@@ -43,6 +43,9 @@ def data():
 
 def nothing():
     return 3
+
+def broken():
+    raise OSError("no disk")
 """
 
 
@@ -153,6 +156,7 @@ def test_a_pt2_file_is_a_model(folder: Path, capsys: pytest.CaptureFixture[str])
 
 def test_errors_say_what_and_how(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["usermodule:model", "--input", "float32[4,64]"]
+    lower = ["lower", *model, "--data", "usermodule:data", "--target", "x86_64"]
     for code, arguments, message in (
         (1, ["transform", "usermodule:model", "-o", "a.pt"], "name its inputs, such as --input"),
         (1, ["transform", "usermodule:model", "--input", "float[3]", "-o", "a.pt"], "neither dtype[size,size,...]"),
@@ -161,9 +165,14 @@ def test_errors_say_what_and_how(folder: Path, capsys: pytest.CaptureFixture[str
         (1, ["transform", "usermodule:nothing", "--input", "float32[1]", "-o", "a.pt"], "returned a int, not a torch"),
         (1, ["transform", *model, "-o", "no/where.pt"], "no is not a folder"),
         (1, ["transform", *model, "-o", "."], ". is a folder: name a file to write"),
-        (4, ["lower", *model, "--data", "usermodule:data", "--target", "arm64", "-o", "."], "is no artifact: choose"),
+        (4, [*lower, "-o", "."], ". is there already and is no artifact: choose"),
         (1, ["transform", "gone.pt2", "-o", "a.pt"], "there is no such file"),
         (1, ["transform", "gone.pt", "-o", "a.pt"], "there is no such file"),
+        (
+            1,
+            ["transform", *model, "--data", "usermodule:broken", "-o", "a.pt"],
+            "broken() failed: OSError: no disk (at",
+        ),
         (1, ["train", *model, "-o", "a.pt"], "train needs --data"),
         (1, ["train", *model, "--data", "usermodule:nothing", "-o", "a.pt"], "not batches of (*inputs, labels)"),
         (1, ["lower", *model, "--target", "x86_64", "-o", "m.t3c"], "lower needs --data"),
@@ -176,7 +185,9 @@ def test_errors_say_what_and_how(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_usage_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["lower", "m"], ["transform", "m", "-o", "a", "--conv", "svd"]):
+    lower = ["lower", "m", "--data", "a:b", "--target", "arm64", "-o", "m.t3c"]
+    build_parser().parse_args([*lower, "--profiles", "1"])
+    for arguments in ([], lower[:2], ["transform", "m", "-o", "a", "--conv", "svd"], [*lower, "--profiles", "0"]):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
