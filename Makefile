@@ -2,7 +2,8 @@
 # make test     install everything and run the tests
 # make fuzz     3000 random graphs, 100,000 damaged files
 # make kills    50 kills of each of train, tune, lower and certify
-# make check    lint, formatting, types
+# make check    lint, formatting, types, documentation
+# make docs     the documentation, in build/site
 # make runner   the runner without Python, for this machine and for arm64, in build/runner
 # make help     all targets
 
@@ -14,10 +15,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 PACKAGE := --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz kills check arm64-root runner clean
+.PHONY: help demo test fuzz kills check typed docs arm64-root runner clean
 
 help:
-	@echo "make demo | test | fuzz | kills | check | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
+	@echo "make demo | test | fuzz | kills | check | docs | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
 
 demo: .venv/installed
 	@$(BIN)/python scripts/arm64_root.py || echo "arm64 is left out of the demo: see the line above"
@@ -36,13 +37,20 @@ fuzz: .venv/installed-dev
 kills: .venv/installed-dev
 	T3C_KILLS=50 $(BIN)/python -m pytest tests/test_kills.py
 
-# mypy does not follow setuptools' mapping of passes/ and backends/: build/typed is the package as it is installed.
-check: .venv/installed-dev
+check: .venv/installed-dev typed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf build/typed && mkdir -p build/typed/t3c_compile
-	@ln -s $(CURDIR)/t3c_compile/* $(CURDIR)/passes $(CURDIR)/backends build/typed/t3c_compile/
 	MYPYPATH=build/typed $(BIN)/mypy --strict -p t3c_compile
+	$(MAKE) docs
+
+# A broken link, a page without a place or one that loads from another host is an error (mkdocs.yml).
+docs: .venv/installed-dev typed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# Neither mypy nor mkdocstrings follows setuptools' mapping of passes/ and backends/: this is the package as installed.
+typed:
+	@rm -rf build/typed && mkdir -p build/typed/t3c_compile
+	@ln -sf $(CURDIR)/t3c_compile/* $(CURDIR)/passes $(CURDIR)/backends build/typed/t3c_compile/
 
 arm64-root: .venv/installed
 	$(BIN)/python scripts/arm64_root.py

@@ -3,20 +3,19 @@
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
 from t3c_compile.backends.targets import LOWERED_KINDS, Target, get_target, require_lowerable
 from t3c_compile.cost import dense_int8_bytes
-from t3c_compile.manifest import SCHEMA, STORE, ArtifactError, Manifest, described, write_manifest
+from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifest, described, write_manifest
 from t3c_compile.measuring import CALLS, measure
 from t3c_compile.memory import activation_bytes, require_fit
 from t3c_compile.npu_artifact import described_library, lower_npu_targets, npu_inputs, split_profiles
@@ -26,6 +25,7 @@ from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.renumber import differ_in_numbers_alone, renumbered
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import ProfileSet
+from t3c_compile.progress import progress_bar
 from t3c_compile.runtime import refusal
 from t3c_compile.signing import Key, private_key, sign
 from t3c_compile.store import write_store
@@ -65,14 +65,13 @@ def lower(
         MemoryLimitError: a profile does not fit a target's memory.
         T3CError: a target was not among those that ``profiles`` were snapped for.
         VelaError: an NPU of ``targets`` cannot run a profile, or has too little memory for it.
-        ArtifactError: the disk is full or the folder cannot be written.
+        ArtifactError: the disk is full, the folder cannot be written, or ``path`` is something else than an artifact.
     """
     wanted = [get_target(target) if isinstance(target, str) else target for target in targets]
     if key is not None:
         private_key(key)  # what is wrong shows before the long work
     final = Path(path)
-    if not final.parent.is_dir():
-        raise ArtifactError(f"{final.parent} is not a folder: make it first, or choose another output")
+    require_free(final)
     _check_targets(model, profiles, wanted, example_inputs)
     own = None if records is None else Path(records)
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
@@ -88,6 +87,14 @@ def lower(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def require_free(path: Path) -> None:
+    """Raise :class:`ArtifactError` where no artifact can be written: what is replaced must be one."""
+    if not path.absolute().parent.is_dir():
+        raise ArtifactError(f"{path.parent} is not a folder: make it first, or choose another output")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} is there already and is no artifact: choose another output")
 
 
 def _check_targets(
@@ -127,10 +134,15 @@ def _write(
     # The compiler takes a second to load; importing it here keeps errors of the arguments at once.
     from t3c_compile.backends.tvm.build import build_library
 
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("specialize", total=len(targets) + 2)
+    with progress_bar(progress) as bar:
         cpus = [target for target in targets if target.kind == "cpu"]
-        programs, store = export_profiles(model, profiles, example_inputs) if cpus else ({}, {})
+        # Steps: each profile, each target compiled, each target measured.
+        task = bar.add_task("specialize", total=(len(profiles.profiles) if cpus else 0) + 2 * len(targets))
+
+        def step() -> None:
+            bar.advance(task)
+
+        programs, store = export_profiles(model, profiles, example_inputs, step) if cpus else ({}, {})
         npu = None
         if len(cpus) < len(targets):
             npu = split_profiles(model, profiles, example_inputs)
@@ -150,7 +162,7 @@ def _write(
                 npu, [t for t in targets if t.kind == "ethos-u"], folder, bar, task
             )
         for target in cpus:
-            bar.update(task, advance=1, description=f"compile for {target.name}")
+            bar.update(task, description=f"compile for {target.name}")
             library = build_library(programs, target, folder / "lib" / f"{target.name}.so", records)
             manifest["inputs"] = _described(library.inputs)
             manifest["targets"][target.name] = {
@@ -158,15 +170,16 @@ def _write(
                 **described_library(library, target, folder),
                 "costs": [dict(profile.costs[target.name]) for profile in profiles.profiles],
             }
+            step()
         manifest["targets"] = {target.name: manifest["targets"][target.name] for target in targets}
         manifest["files"] = {
             str(path.relative_to(folder)): described(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         del programs, store  # the process that measures has a copy of its own
-        bar.update(task, advance=1, description="measure")
+        bar.update(task, description="measure")
         write_manifest(folder, manifest)
         if measured:
-            _measure(folder, manifest, example_inputs)
+            _measure(folder, manifest, example_inputs, step)
             write_manifest(folder, manifest)
 
 
@@ -180,9 +193,15 @@ def _described(inputs: Sequence["TensorInfo"]) -> list[dict[str, Any]]:
 
 
 def export_profiles(
-    model: ElasticGraphModule, profiles: ProfileSet, example_inputs: tuple[Tensor, ...]
+    model: ElasticGraphModule,
+    profiles: ProfileSet,
+    example_inputs: tuple[Tensor, ...],
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, ExportedProgram], dict[str, Tensor]]:
-    """Every profile as an exported program (by VM function name), and the one store they all read."""
+    """Every profile as an exported program (by VM function name), and the one store they all read.
+
+    ``done`` is called after each.
+    """
     programs: dict[str, ExportedProgram] = {}
     store: dict[str, Tensor] = {}
     ranks = profiles.store_ranks()
@@ -201,17 +220,18 @@ def export_profiles(
             like = renumbered(programs["profile_0"], graph.graph)
         programs[f"profile_{index}"] = like or torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
         store |= {name: tensor.detach().contiguous() for name, tensor in graph.state_dict().items()}
+        done()
     return programs, store
 
 
-def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...]) -> None:
+def _measure(folder: Path, manifest: Manifest, example_inputs: tuple[Tensor, ...], done: Callable[[], None]) -> None:
     """Measure targets that run here: latencies, and energies where there is a meter, take the place of estimates; a
     simulated NPU's stay."""
     one = [bool(entry["shape"]) and entry["shape"][0] == "batch" for entry in manifest["inputs"]]
     inputs = [(x[:1] if first else x).numpy() for x, first in zip(example_inputs, one, strict=True)]
     batch = "batch 1" if all(one) else "the example inputs"
     for name, entry in manifest["targets"].items():
-        if refusal(entry) is not None or "npu" in entry:
-            continue
-        for cost, found in zip(entry["costs"], measure(folder, name, entry["kind"], inputs), strict=True):
-            cost |= {**found, "source": f"measured on the build machine, {batch}, {CALLS} calls"}
+        if refusal(entry) is None and "npu" not in entry:
+            for cost, found in zip(entry["costs"], measure(folder, name, entry["kind"], inputs), strict=True):
+                cost |= {**found, "source": f"measured on the build machine, {batch}, {CALLS} calls"}
+        done()

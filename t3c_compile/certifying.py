@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
-from rich.progress import track
 from scipy.stats import beta, binom
 
 from t3c_compile import qemu
 from t3c_compile.conformal import CertificateError, ConformalCertificate, ProfileBounds
 from t3c_compile.drift import METRICS, Array, agrees, drifts, logits_of, scales
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, check_files, read_manifest, write_manifest
+from t3c_compile.progress import progress_bar
 from t3c_compile.runtime import Session, checked_inputs, load, refusal
 from t3c_compile.signing import Key, private_key, sign
 
@@ -102,14 +102,15 @@ def certify(
     files = manifest["files"]
     digest = "\n".join(files[file]["sha256"] for file in (STORE, manifest["targets"][name]["library"]))
     parts: list[Scores] = []
-    for start in track(range(0, count, batch), description="certify", disable=not progress, transient=True):
-        chunk = [np.ascontiguousarray(array[start : start + batch]) for array in inputs]
-        given = None if reference is None else _reference_logits(reference, chunk, slice(start, start + batch))
+    with progress_bar(progress) as bar:
+        for start in bar.track(range(0, count, batch), description="certify"):
+            chunk = [np.ascontiguousarray(array[start : start + batch]) for array in inputs]
+            given = None if reference is None else _reference_logits(reference, chunk, slice(start, start + batch))
 
-        def make(chunk: list[Array] = chunk, given: Array | None = given, start: int = start) -> Scores:
-            return _scores(run(chunk), given, own, start)
+            def make(chunk: list[Array] = chunk, given: Array | None = given, start: int = start) -> Scores:
+                return _scores(run(chunk), given, own, start)
 
-        parts.append(_kept(resume, digest, [*chunk, *([] if given is None else [given])], make))
+            parts.append(_kept(resume, digest, [*chunk, *([] if given is None else [given])], make))
     scores = {key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]}
     words = "the full model" + ("" if own is None else f" ({manifest['profiles'][own]['name']})")
     bounds = [

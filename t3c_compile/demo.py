@@ -58,16 +58,16 @@ def run_demo(name: str, seed: int, output: Path, console: Console) -> DemoResult
     """The whole of it for ``cnn`` or ``vit``, from training to the artifact run on every target."""
     example = _example()
     output.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, progress = time.monotonic(), console.is_terminal
     console.print(f"[bold]{name}[/]: training on digits")
-    prepared = example.prepare(name, seed=seed, progress=sys.stderr.isatty())
+    prepared = example.prepare(name, seed=seed, progress=progress)
     test, truth = prepared.data.test
     accuracy = example.accuracy(prepared.float_model, (test, truth))
     labels = prepared.data.calibration[1]
     targets = [get_target(target) for target in TARGETS]
-    profiles = snap(prepared.elastic, prepared.calibration, targets, labels, prepared.controller)
+    profiles = snap(prepared.elastic, prepared.calibration, targets, labels, prepared.controller, progress=progress)
     console.print(f"{name}: lowering {len(profiles.profiles)} profiles to {', '.join(TARGETS)}")
-    path = lower(prepared.elastic, profiles, targets, output / f"{name}.t3c", prepared.calibration[0])
+    path = lower(prepared.elastic, profiles, targets, output / f"{name}.t3c", prepared.calibration[0], progress)
     rows = run_everywhere(prepared.elastic, profiles, path, test, truth, console)
     return DemoResult(path, accuracy, len(truth), rows, time.monotonic() - began)
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import islice
@@ -38,6 +39,21 @@ def import_callable(spec: str) -> Callable[..., Any]:
     if not callable(found):
         raise LoadingError(f"{spec} is a {type(found).__name__}, not a callable")
     return found  # type: ignore[no-any-return]
+
+
+def _called(spec: str) -> Any:
+    """What a callable of the user's gives; where it fails, the error is of one line and names the place."""
+    function = import_callable(spec)
+    try:
+        return function()
+    except T3CError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise LoadingError(
+            f"{spec}() failed: {type(error).__name__}: {error} (at {place.filename}:{place.lineno}); it is called "
+            "without arguments"
+        ) from error
 
 
 def parse_input(text: str) -> Tensor:
@@ -115,7 +131,7 @@ def _load_onnx(path: str) -> tuple[nn.Module, Inputs | None]:
 
 
 def _call_model(spec: str) -> nn.Module:
-    model = import_callable(spec)()
+    model = _called(spec)
     if not isinstance(model, nn.Module):
         raise LoadingError(f"{spec}() returned a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -123,7 +139,7 @@ def _call_model(spec: str) -> nn.Module:
 
 def batches_of(spec: str) -> Any:
     """What a data callable returns: batches ``(*inputs, labels)``, a list or a DataLoader."""
-    batches = import_callable(spec)()
+    batches = _called(spec)
     if not hasattr(batches, "__iter__"):
         raise LoadingError(f"{spec}() returned a {type(batches).__name__}, not batches of (*inputs, labels)")
     return batches

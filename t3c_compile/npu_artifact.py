@@ -78,8 +78,9 @@ def lower_npu_targets(
     tosa = npu.write_partitions(folder / "npu")
     entries = {}
     for target in targets:
-        bar.update(task, advance=1, description=f"compile for {target.name}")
+        bar.update(task, description=f"compile for {target.name}")
         compiled = npu.compile(target, folder / "npu", tosa)
+        bar.advance(task)
         costs = compiled.pop("costs")
         entries[target.name] = {"kind": target.kind, **device, "costs": costs, "npu": compiled, "simulated": here}
     return entries

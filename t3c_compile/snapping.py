@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor
 
 from t3c_compile.backends.targets import OWN_TARGETS, Target
@@ -22,6 +21,7 @@ from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.specialize import with_dense
 from t3c_compile.profile import Profile, ProfileSet
+from t3c_compile.progress import progress_bar
 from t3c_compile.transforming import observe
 
 Inputs = tuple[Any, ...]
@@ -85,6 +85,8 @@ def snap(
     """
     if not calibration:
         raise T3CError("snap needs calibration inputs: a few hundred samples of real data")
+    if count < 1:
+        raise T3CError(f"count={count}: snap makes at least one profile")
     training = model.training
     model.eval()
     grid = grid_of(targets)
@@ -98,12 +100,16 @@ def snap(
     # A layer whose factors never pay on this grid is deployed dense, and so it is measured dense.
     dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
     model = with_dense(model, dense) if dense else model
-    proxy = SpectralProxy(model, calibration)
     errors: dict[str, dict[Option, float]] = {}
+    with progress_bar(progress) as bar:
+        bar.add_task("gains of the layers", total=None)
+        proxy = SpectralProxy(model, calibration)
+        if controller is None:
+            errors = {
+                name: dict(zip(ladder[name], proxy.layer_errors(name, ladder[name]), strict=True))
+                for name in bar.track(list(ladder), description="errors of the layers")
+            }
     if controller is None:
-        errors = {
-            name: dict(zip(chain, proxy.layer_errors(name, chain), strict=True)) for name, chain in ladder.items()
-        }
         path, order = _greedy_path(model, ladder, errors, targets[0]), "certified error saved per cost"
     else:
         path, order = _controller_path(controller, ladder, layer_groups(model)), "controller"
@@ -114,12 +120,12 @@ def snap(
     beyond, sizes = len(sizes) - len(fitting), sizes[: len(fitting)]
     full = logits_of(model, calibration)
     measured: dict[int, Profile] = {}
-    with Progress(disable=not progress, transient=True) as bar:
+    with progress_bar(progress) as bar:
 
         def measure(chosen: list[dict[str, Option]]) -> list[Profile]:
             return [
                 _measure(model, options, calibration, full, labels, proxy, errors, targets)
-                for options in bar.track(chosen, description="snap")
+                for options in bar.track(chosen, description="profiles")
             ]
 
         points = _spread(sizes, count)

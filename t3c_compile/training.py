@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from t3c_compile import losses, processes
@@ -21,6 +20,7 @@ from t3c_compile.controller import RESOURCES, Controller, apply_gates, soft_gate
 from t3c_compile.groups import layer_groups
 from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
+from t3c_compile.progress import progress_bar
 from t3c_compile.training_state import TrainError, TrainingState
 
 # Of a sampled budget, how often a resource is free: users name one or two, seldom all three.
@@ -203,9 +203,8 @@ def train(
     start = len(history)
     model = processes.parallel(elastic)
     began = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, disable=not (progress and processes.is_first()))
-    with _training(elastic), torch.random.fork_rng(devices=[]), bar:
+    shown = progress and processes.is_first()
+    with _training(elastic), torch.random.fork_rng(devices=[]), progress_bar(shown) as bar:
         task = bar.add_task("elastic training", total=steps * epochs, completed=start * steps)
         for epoch in range(start, epochs):
             torch.manual_seed(seed + 1_000_003 * epoch)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from t3c_compile.passes.capture import capture
@@ -20,6 +19,7 @@ from t3c_compile.passes.graph import ElasticGraphModule, own_parameters
 from t3c_compile.passes.low_rank import svd_flops
 from t3c_compile.passes.pipeline import Pipeline, default_pipeline
 from t3c_compile.passes.record_moments import record_moments
+from t3c_compile.progress import progress_bar
 
 Inputs = tuple[Any, ...]
 
@@ -82,8 +82,7 @@ def transform(
         T3CError: the folder to resume from cannot be written to.
     """
     config = config or Config()
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with _pages_returned(), Progress(*columns, disable=not progress, transient=True) as bar:
+    with _pages_returned(), progress_bar(progress) as bar:
         task = bar.add_task("capture", total=None)
         elastic = capture(model, example_inputs, dynamic_shapes, share=True)
         elastic.meta["t3c_config"] = config

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from t3c_compile.artifact import export_profiles
@@ -14,6 +13,7 @@ from t3c_compile.backends.targets import Target, get_target, machine, require_lo
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.profile import ProfileSet
+from t3c_compile.progress import progress_bar
 from t3c_compile.runtime import refusal
 
 if TYPE_CHECKING:
@@ -94,15 +94,15 @@ def tune(
 
     threads = threads or int(str(wanted.tvm["num-cores"]))
     devices = find_devices(rpc, tracker, key)
-    programs, store = export_profiles(model, profiles, example_inputs)
-    workloads = workloads_of(programs, isa_for(wanted))
-    sizes = measured_sizes(programs)
-    del programs, store
-    if not workloads:
-        return []
     shipped = Tuned(wanted, threads=threads)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with ExitStack() as stack, Progress(*columns, disable=not progress) as bar:
+    with ExitStack() as stack, progress_bar(progress) as bar:
+        zero = bar.add_task("specialize", total=len(profiles.profiles))
+        programs, store = export_profiles(model, profiles, example_inputs, lambda: bar.advance(zero))
+        workloads = workloads_of(programs, isa_for(wanted))
+        sizes = measured_sizes(programs)
+        del programs, store
+        if not workloads:
+            return []
         runners = [stack.enter_context(Runner(wanted, threads, device)) for device in devices]
         search = Search(workloads, wanted, file, runners, threads, sizes, shipped.tiles)
         peak = search.peak()

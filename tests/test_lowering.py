@@ -298,6 +298,16 @@ def test_unsupported_ops_are_all_named(tmp_path: Path) -> None:
     assert "CONVERTERS" in message
 
 
+def test_an_op_that_tvm_knows_and_cannot_compile_is_named(tmp_path: Path) -> None:
+    class TopK(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.topk(x, 2).values
+
+    program = torch.export.export(TopK(), (torch.randn(4, 4),))
+    with pytest.raises(UnsupportedOpError, match=r"no code for R\.topk(.|\n)*CONVERTERS"):
+        build_library({"profile_0": program}, get_target("x86_64"), tmp_path / "never.so")
+
+
 def test_no_program_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no program"):
         build_library({}, get_target("x86_64"), tmp_path / "never.so")

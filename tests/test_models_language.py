@@ -163,7 +163,7 @@ def _without_attention(config: Any) -> dict[str, Any]:
 
 
 class _Moves(nn.Module):
-    """Parts of an axis with symbolic ends, running sums, and rows written by index."""
+    """Parts of an axis with symbolic ends, running sums, rows written by index, and extremes along axes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,10 +179,15 @@ class _Moves(nn.Module):
             *parts,
             self.table.expand(x.shape[0], 20, 2).index_copy(1, rows, x),
             x[:, :, 0].index_copy(1, at, x[:, :1, 1]),
+            x.amax(1),
+            x.amin((-1, 0), keepdim=True),
+            x.amax(),
+            *x.max(1),
+            x.min(-1, keepdim=True).values,
         )
 
 
-def test_parts_sums_and_rows_written_lower(tmp_path: Path) -> None:
+def test_parts_sums_rows_written_and_extremes_lower(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = _Moves()
     shapes = ({0: Dim("batch", max=64), 1: Dim("tokens", min=3, max=18)}, {})

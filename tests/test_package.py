@@ -1,9 +1,11 @@
 """What is built is all of the package and nothing but the package."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -40,12 +42,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(built: Path) -> Path:
-    """site-packages of an otherwise empty environment with the wheel in it."""
+    """site-packages of an environment with the wheel in it, which finds other packages in the present one."""
     venv = built / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin/python")]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", *built.glob("*.whl")], check=True)
-    return next(venv.glob("lib/python3*/site-packages"))
+    found = next(venv.glob("lib/python3*/site-packages"))
+    # A path file adds that folder alone, without the path file in it that leads to this tree.
+    (found / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return found
 
 
 def test_wheel_holds_every_file(built: Path) -> None:
@@ -65,8 +70,23 @@ def test_sdist_holds_every_file(built: Path) -> None:
 
 
 def test_only_the_package_is_installed(site: Path) -> None:
-    assert {path.name.partition("-")[0] for path in site.iterdir()} == {"t3c_compile"}
-    assert (site.parents[2] / "bin/t3c-compile").exists()
+    assert {path.name.partition("-")[0] for path in site.iterdir()} == {"t3c_compile", "others.pth"}
+
+
+def test_the_command_runs_where_it_is_installed(site: Path) -> None:
+    """It finds its targets, and says the version of the wheel."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def printed(*command: str) -> str:
+        done = subprocess.run(command, cwd=site.parents[2], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    python, command = (str(site.parents[2] / "bin" / name) for name in ("python", "t3c-compile"))
+    (wheel,) = (path.name.removesuffix(".dist-info") for path in site.glob("*.dist-info"))
+    assert printed(command, "--version").replace(" ", "-").replace("t3c-", "t3c_") == wheel
+    assert "ethos-u55-128" in {row["target"] for row in json.loads(printed(command, "targets", "--json"))}
+    assert Path(printed(python, "-c", "import t3c_compile; print(t3c_compile.__file__)")).is_relative_to(site)
 
 
 def test_import_loads_neither_torch_nor_tvm(site: Path) -> None:

@@ -125,6 +125,27 @@ def test_relax_module_packs_once_where_its_user_asks() -> None:
         assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's promises: the greatest profile reads as well as the model in torch, nested sizes, a certificate that
+    the profiles' own drifts on its samples keep."""
+    monkeypatch.chdir(tmp_path)
+    found = example("quickstart")
+    session, certificate, test = found["session"], found["certificate"], found["test_x"]
+    with torch.no_grad():
+        full = found["elastic"](test).numpy()
+        plain = found["accuracy"](found["model"](test))
+    assert plain >= 0.7  # by chance it is 0.25
+    sizes = [profile.size_mb for profile in session.profiles]
+    assert len(sizes) > 1
+    assert sizes == sorted(sizes)
+    for profile, bounds in zip(session.profiles, certificate.profiles, strict=True):
+        session.set_profile(profile.name)
+        logits = session.run(test.numpy())
+        assert (np.linalg.norm(logits - full, axis=1) <= bounds.drift["l2"]).mean() >= 0.9
+    assert found["accuracy"](torch.from_numpy(logits)) >= plain - 0.03
+    assert (tmp_path / "build/quickstart/reader.t3c/manifest.json").exists()
+
+
 def test_export_mlir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert example("export_mlir")["main"](tmp_path) <= 2e-3
     assert "stablehlo: p0.mlir" in capsys.readouterr().out

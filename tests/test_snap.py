@@ -199,6 +199,8 @@ def test_snap_needs_calibration_data() -> None:
     model, inputs = mlp()
     with pytest.raises(T3CError, match="calibration inputs"):
         snap(transform(model, inputs), [], [ARM])
+    with pytest.raises(T3CError, match="count=0: snap makes at least one profile"):
+        snap(transform(model, inputs), [inputs], [ARM], count=0)
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -12,7 +12,7 @@ from nets import attention_net, conv_net, mlp
 from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from t3c_compile import transforming
+from t3c_compile import progress as progress_module
 from t3c_compile.cli import main
 from t3c_compile.passes import decompose_conv, replace
 from t3c_compile.passes.capture import capture
@@ -243,7 +243,7 @@ def test_progress_goes_by_work_and_ends_at_the_whole(monkeypatch: pytest.MonkeyP
                 steps.append((fields["description"], fields["advance"]))
             super().update(task_id, **fields)
 
-    monkeypatch.setattr(transforming, "Progress", Recorded)
+    monkeypatch.setattr(progress_module, "Progress", Recorded)
     elastic = transform(*attention_net(), progress=True)
     (task,) = bars[0].tasks
     assert task.completed == task.total == sum(work for _, work in steps)

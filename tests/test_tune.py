@@ -23,7 +23,7 @@ from tvm.runtime import vm as runtime
 from tvm.tirx.script.builder import ir as T
 
 import t3c_compile.passes.ops  # noqa: F401  (registers the ops)
-from t3c_compile import cli
+from t3c_compile import commands
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library, link
 from t3c_compile.backends.tvm.kernels.emit import prim_func, store
@@ -45,7 +45,7 @@ from t3c_compile.backends.tvm.tuning.records import (
 from t3c_compile.backends.tvm.tuning.runner import DeviceError, Remote, Runner
 from t3c_compile.backends.tvm.tuning.search import Search
 from t3c_compile.backends.tvm.tuning.workload import Workload
-from t3c_compile.cli import main
+from t3c_compile.cli import build_parser, main
 
 TARGET = get_target("x86_64")
 ISA = isa_for(TARGET)
@@ -365,8 +365,8 @@ def test_tune_goes_on_after_kill(
     path.write_bytes(before + b'{"key": "avx')
     before = before[: before.rfind(b"\n") + 1]
 
-    snapped = cli._snap(cli._parser().parse_args(command), [TARGET])
-    monkeypatch.setattr(cli, "_snap", lambda *_: snapped)
+    snapped = commands._snap(build_parser().parse_args(command), [TARGET])
+    monkeypatch.setattr(commands, "_snap", lambda *_: snapped)
     assert main(command) == 0
     rows = json.loads(capsys.readouterr().out)
     after = path.read_bytes()

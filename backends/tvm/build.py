@@ -13,6 +13,7 @@ from tvm import relax
 from t3c_compile.backends.targets import Target
 from t3c_compile.backends.tvm.assemble import Packs, TensorInfo, assemble
 from t3c_compile.backends.tvm.kernels.isa import isa_for
+from t3c_compile.backends.tvm.lowering import WAYS_OUT, UnsupportedOpError
 from t3c_compile.backends.tvm.pipelines import KERNEL_PIPELINE, runtime_pipeline
 from t3c_compile.backends.tvm.tuning.records import Tuned
 
@@ -53,9 +54,15 @@ def build_library(
         for variable, function in module.functions_items()
         if isinstance(function, tvm.tirx.PrimFunc)
     }
-    executable = relax.build(
-        module, tvm.target.Target(dict(target.tvm)), relax_pipeline=runtime_pipeline(), tir_pipeline=KERNEL_PIPELINE
-    )
+    compiled_for = tvm.target.Target(dict(target.tvm))
+    try:
+        executable = relax.build(module, compiled_for, relax_pipeline=runtime_pipeline(), tir_pipeline=KERNEL_PIPELINE)
+    except tvm.error.InternalError as error:
+        # The importer knows the op, and nothing makes code of it.
+        _, cannot, call = str(error).partition("Offending call:")
+        if not cannot:
+            raise
+        raise UnsupportedOpError(f"TVM has no code for {call.strip()}\n{WAYS_OUT}") from error
     link(executable, target, path)
     return Library(path, target.name, tuple(programs), inputs, packs, kernels)
 

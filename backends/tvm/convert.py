@@ -192,6 +192,22 @@ def _cumsum(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.call(kernel, [x], shape, dtype)
 
 
+def _extreme(operation: Callable[..., relax.Expr], lower: Lowering, a: Arguments) -> relax.Var:
+    """The greatest or least element along dimensions; along all of them where none is named."""
+    x = lower.value(a["self"])
+    axes = [dim % len(shape_of(x)) for dim in a["dim"]] or None
+    return lower.emit(operation(x, axes, a["keepdim"]))
+
+
+def _extreme_and_place(
+    extreme: Callable[..., relax.Expr], place: Callable[..., relax.Expr], lower: Lowering, a: Arguments
+) -> relax.Var:
+    """The greatest or least elements along one dimension, and where they are: the first where several are equal."""
+    x = lower.value(a["self"])
+    found = [operation(x, a["dim"] % len(shape_of(x)), a["keepdim"]) for operation in (extreme, place)]
+    return lower.emit(relax.Tuple([lower.emit(expression) for expression in found]))
+
+
 def _index_copy(lower: Lowering, a: Arguments) -> relax.Var:
     x, index, source = (lower.value(a[name]) for name in ("self", "index", "source"))
     shape, dtype = shape_of(x), str(x.ty.dtype)
@@ -238,6 +254,10 @@ CONVERTERS: dict[str, Converter] = {
     "slice.Tensor": _slice,
     "select.int": _select,
     "cumsum.default": _cumsum,
+    "amax.default": partial(_extreme, relax.op.max),
+    "amin.default": partial(_extreme, relax.op.min),
+    "max.dim": partial(_extreme_and_place, relax.op.max, relax.op.argmax),
+    "min.dim": partial(_extreme_and_place, relax.op.min, relax.op.argmin),
     "index_copy.default": _index_copy,
     "scaled_dot_product_attention.default": _attention,
     "npu.default": _npu,

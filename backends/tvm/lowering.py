@@ -40,6 +40,12 @@ _ELEMENTWISE = frozenset(
 ) | {"add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"}
 
 
+WAYS_OUT = (
+    "Write the layer with supported ops, run it outside the compiled model, or add a converter for the op to "
+    "CONVERTERS in t3c_compile.backends.tvm.convert."
+)
+
+
 class UnsupportedOpError(T3CError):
     """The graph holds ops with no lowering; the message names every node, its op and layer, and the way out."""
 
@@ -272,9 +278,4 @@ def _check_ops(graph: fx.Graph, converters: Mapping[str, Converter]) -> None:
             layer = list(stack.values())[-1][0] if stack else ""
             offenders.append(f"  {node.name}: {node.target}" + (f" in layer {layer!r}" if layer else ""))
     if offenders:
-        raise UnsupportedOpError(
-            "no lowering for these nodes:\n"
-            + "\n".join(offenders)
-            + "\nWrite the layer with supported ops, run it outside "
-            "the compiled model, or add a converter for the op to CONVERTERS in t3c_compile.backends.tvm.convert."
-        )
+        raise UnsupportedOpError("no lowering for these nodes:\n" + "\n".join(offenders) + f"\n{WAYS_OUT}")

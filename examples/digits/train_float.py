@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from data import Batches, Digits, accuracy, load
 from models import MODELS
-from rich.progress import Progress
 from torch import nn
+
+from t3c_compile.progress import progress_bar
 
 _EPOCHS = {"cnn": 40, "vit": 45}
 _PEAK_LR = {"cnn": 3e-3, "vit": 1e-3}
@@ -22,7 +23,7 @@ def train_float(name: str, data: Digits, seed: int = 0, progress: bool = True) -
     steps = _EPOCHS[name] * len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LR[name], total_steps=steps, pct_start=0.15)
-    with Progress(disable=not progress, transient=True) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(f"{name}: float training", total=steps)
         for _ in range(_EPOCHS[name]):
             for x, y in batches:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from t3c_compile.conformal import ConformalCertificate
 from t3c_compile.manifest import Manifest, check_files, read_manifest
 from t3c_compile.passes.errors import T3CError
+from t3c_compile.progress import progress_bar
 from t3c_compile.report.kernels import KernelTimes, kernel_times
 from t3c_compile.runtime import ProfileInfo, profile_infos, refusal
 
@@ -113,7 +112,7 @@ def read_report(
         raise ReportError(
             f"no target of {folder} can be measured here: " + "; ".join(f"{n}: {why}" for n, why in reasons.items())
         )
-    with Progress(disable=not progress, transient=True) as bar:
+    with progress_bar(progress) as bar:
         targets = {}
         for name, reason in reasons.items():
             timed = None

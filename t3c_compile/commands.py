@@ -1,0 +1,276 @@
+"""What each command does, from its parsed arguments."""
+
+import argparse
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from t3c_compile.backends.targets import LOWERED_KINDS, get_target, host_target, require_lowerable
+from t3c_compile.budget import Budget
+from t3c_compile.inspecting import inspect_artifact, show_files, show_targets
+from t3c_compile.manifest import check_files, read_manifest
+from t3c_compile.passes.errors import T3CError
+from t3c_compile.show import show
+
+DATA_HELP = "package.module:callable returning batches of (*inputs, labels)"
+FORMATS = {
+    "onnx": "",
+    "mlir-torch": "torch",
+    "mlir-linalg": "linalg-on-tensors",
+    "mlir-tosa": "tosa",
+    "mlir-stablehlo": "stablehlo",
+}
+"""What each format of ``export`` is: the folder of ONNX files, or a dialect of torch-mlir."""
+
+
+def transform(arguments: argparse.Namespace) -> None:
+    output = _file(arguments.output)
+    folder = output.with_name(f"{output.name}.resume") if arguments.resume else None
+    checkpoint = _load(arguments, folder)
+    checkpoint.save(output)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    report = checkpoint.model.report
+    rows = [
+        {"layer": r.layer, "op": r.op, "shape": "x".join(map(str, r.shape)), "form": r.form, "max_rank": r.max_rank}
+        | {"reason": r.reason}
+        for r in (*report.elastic.values(), *report.kept.values())
+    ]
+    show(f"{len(report.elastic)} elastic layers, {len(report.kept)} kept: {output}", rows, arguments.json)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from t3c_compile.loading import batches_of
+    from t3c_compile.training import train
+
+    output = _file(arguments.output)
+    if arguments.data is None:
+        raise T3CError(f"train needs --data: {DATA_HELP}")
+    checkpoint = _load(arguments)
+    result = train(
+        checkpoint.model,
+        batches_of(arguments.data),
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        seed=arguments.seed,
+        controller=checkpoint.controller,
+        progress=sys.stderr.isatty(),
+        checkpoint=output.with_name(f"{output.name}.resume"),
+    )
+    checkpoint.controller = result.controller
+    checkpoint.save(output)
+    output.with_name(f"{output.name}.resume").unlink(missing_ok=True)
+    rows = [{"epoch": epoch, **terms} for epoch, terms in enumerate(result.history)]
+    show(f"loss by epoch: {output}", rows, arguments.json)
+
+
+def lower(arguments: argparse.Namespace) -> None:
+    from t3c_compile.artifact import lower, require_free
+    from t3c_compile.signing import private_key
+
+    if arguments.sign:
+        private_key(arguments.sign)  # what is wrong shows before the long work
+    targets = [get_target(name) for name in arguments.target]
+    for target in targets:
+        require_lowerable(target, LOWERED_KINDS)
+    output = Path(arguments.output)
+    require_free(output)
+    checkpoint, profiles = _snap(arguments, targets)
+    inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
+    records, key = arguments.records, arguments.sign
+    lower(checkpoint.model, profiles, targets, output, inputs, progress=progress, records=records, key=key)
+    inspect_artifact(str(output), arguments.json)
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    from t3c_compile.tuning import open_records, tune
+
+    target = get_target(arguments.target) if arguments.target else host_target()
+    # What is wrong shows before the long work.
+    open_records(_file(arguments.records), target, remote=bool(arguments.rpc or arguments.tracker))
+    checkpoint, profiles = _snap(arguments, [target])
+    rows = tune(
+        checkpoint.model,
+        profiles,
+        target,
+        arguments.records,
+        checkpoint.example_inputs,
+        minutes=0 if arguments.report else arguments.minutes,
+        threads=arguments.threads,
+        rpc=arguments.rpc or (),
+        tracker=arguments.tracker,
+        key=arguments.key,
+        progress=sys.stderr.isatty(),
+    )
+    show(f"kernels of all profiles, those with the most time first: {arguments.records}", rows, arguments.json)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    dialect = FORMATS[arguments.format]
+    export: Any
+    if dialect:
+        from t3c_compile.backends.mlir import export_mlir, require_mlir
+
+        require_mlir()
+        export = partial(export_mlir, dialect=dialect)
+    else:
+        from t3c_compile.backends.onnx import export_onnx, require_onnx
+
+        require_onnx()
+        export = export_onnx
+    targets = [get_target(name) for name in arguments.target or ["x86_64"]]
+    output = _place(arguments.output)
+    checkpoint, profiles = _snap(arguments, targets)
+    export(checkpoint.model, profiles.profiles, output, checkpoint.example_inputs)
+    suffix = "mlir" if dialect else "onnx"
+    files = {f"{profile.name}.{suffix}": profile.to_json() for profile in profiles.profiles}
+    show_files(arguments.output, files, arguments.json)
+
+
+def certify(arguments: argparse.Namespace) -> None:
+    from t3c_compile.certifying import certify
+    from t3c_compile.loading import read_reference, read_samples
+
+    path = Path(arguments.artifact)
+    inputs = read_samples(arguments.data, read_manifest(path)["inputs"])
+    reference = None if arguments.reference is None else read_reference(arguments.reference)
+    folder = path.with_name(f"{path.name}.resume") if arguments.resume else None
+    certify(
+        path,
+        inputs,
+        reference,
+        alpha=arguments.alpha,
+        delta=arguments.delta,
+        target=arguments.target,
+        progress=sys.stderr.isatty(),
+        resume=folder,
+        key=arguments.sign,
+    )
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    inspect(arguments)
+
+
+def sign(arguments: argparse.Namespace) -> None:
+    from t3c_compile.signing import sign
+
+    sign(arguments.artifact, arguments.key)
+    show("signed", [{"artifact": arguments.artifact}], arguments.json)
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    from t3c_compile.signing import verified_manifest
+
+    manifest = verified_manifest(Path(arguments.artifact), arguments.key)
+    check_files(Path(arguments.artifact), manifest)
+    show("whole, and signed with this key", [{"artifact": arguments.artifact, "key": arguments.key}], arguments.json)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from t3c_compile.runtime import InputError, load
+
+    if arguments.output:
+        _file(arguments.output)
+    session = load(arguments.artifact, arguments.target, arguments.verify)
+    try:
+        inputs = [np.load(path, allow_pickle=False) for path in arguments.inputs] or _made_up(session.inputs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read inputs: {error}") from error
+    if arguments.profile:
+        profile = session.set_profile(arguments.profile)
+    else:
+        limits = (arguments.latency_ms, arguments.energy_mj, arguments.size_mb, arguments.max_drift)
+        profile = session.set_budget(Budget(*limits))
+    output = session.run(*inputs)
+    first = output[0] if isinstance(output, tuple) else output
+    if arguments.output:
+        np.save(arguments.output, first)
+    row = {"target": session.target, "profile": profile.name, "size_mb": profile.size_mb}
+    row |= {"latency_ms": profile.latency_ms, "output": "x".join(map(str, first.shape)), "mean": float(first.mean())}
+    show(arguments.artifact, [row], arguments.json)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    inspect_artifact(arguments.artifact, arguments.json)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from t3c_compile.report import read_report, write_page
+
+    output, baselines = _file(arguments.output), arguments.baselines or ()
+    write_page(read_report(arguments.artifact, baselines, arguments.measure, sys.stderr.isatty()), output)
+    show("report", [{"artifact": arguments.artifact, "page": str(output)}], arguments.json)
+
+
+def targets(arguments: argparse.Namespace) -> None:
+    show_targets(arguments.json)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from t3c_compile.demo import demo
+
+    demo(arguments.model or ["cnn", "vit"], arguments.seed, Path(arguments.output), arguments.json)
+
+
+def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
+    from t3c_compile.loading import load_elastic
+    from t3c_compile.transforming import Config
+
+    config = Config(conv=arguments.conv, keep=tuple(arguments.keep))
+    checkpoint = load_elastic(arguments.model, arguments.input, config, arguments.data, sys.stderr.isatty(), resume)
+    if arguments.activations is not None:
+        checkpoint.model.set_activation_dtype(arguments.activations)
+    if arguments.attention is not None:
+        checkpoint.model.set_attention_dtype(arguments.attention)
+    if arguments.residuals is not None:
+        checkpoint.model.set_residual_dtype(arguments.residuals)
+    return checkpoint
+
+
+def _place(path: str) -> Path:
+    final = Path(path)
+    if not final.absolute().parent.is_dir():
+        raise T3CError(f"{final.parent} is not a folder: make it first, or choose another output")
+    return final
+
+
+def _file(path: str) -> Path:
+    final = _place(path)
+    if final.is_dir():
+        raise T3CError(f"{final} is a folder: name a file to write")
+    return final
+
+
+def _snap(arguments: argparse.Namespace, targets: list[Any]) -> tuple[Any, Any]:
+    """The checkpoint a command names, and its profiles."""
+    if arguments.data is None:
+        raise T3CError(f"{arguments.command} needs --data to calibrate activations and certificates: {DATA_HELP}")
+    from t3c_compile.loading import calibration_of
+    from t3c_compile.snapping import snap
+
+    checkpoint = _load(arguments)
+    calibration, labels = calibration_of(arguments.data)
+    progress = sys.stderr.isatty()
+    profiles = snap(
+        checkpoint.model, calibration, targets, labels, checkpoint.controller, arguments.profiles, progress=progress
+    )
+    for note in () if arguments.json else profiles.notes:
+        print(note)
+    return checkpoint, profiles
+
+
+def _made_up(inputs: list[dict[str, Any]]) -> list[Any]:
+    """One sample of random numbers; zeros where an input holds integers, since any other may be no row of a table."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    found = []
+    for entry in inputs:
+        shape = [1 if isinstance(size, str) else size for size in entry["shape"]]
+        floating = np.issubdtype(np.dtype(entry["dtype"]), np.floating)
+        found.append((generator.standard_normal(shape) if floating else np.zeros(shape)).astype(entry["dtype"]))
+    return found
