@@ -144,7 +144,9 @@ def _refusal(program: ExportedProgram, dialect: str, said: Iterable[tuple[str, s
         own = [f"{file}:{line}" for file, line in frames if _TORCH not in Path(file).parents]
         lines.append(f"  {op}" + (f" in layer {layer!r}" if layer else "") + (f" at {own[0]}" if own else ""))
     if not lines:
-        lines = [f"  {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"]
+        first = str(error).strip().partition("\n")[0]
+        unnamed = first.endswith("diagnostics:")  # and none follow
+        lines = ["  its passes fail and name no op" if unnamed else f"  {type(error).__name__}: {first}"]
     way_out = "Write the layer with other ops"
     if any("'torch.operator'" in message for message, _ in said):
         way_out += ": torch-mlir does not know these"
