@@ -7,6 +7,7 @@ list targets at once.
 
 import os
 import platform
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,10 @@ from t3c_compile.passes.errors import T3CError
 
 OWN_TARGETS = "T3C_TARGETS"
 _SHIPPED = Path(__file__).with_name("targets.toml")
+# The first compute capability whose tensor cores multiply int8 in the shape of the kernels (mma m16n8k32).
+LEAST_CUDA = 80
 # The target x86_64 is the first of these that this machine is.
 _HOST_LEVELS = ("x86_64-vnni", "x86_64-v3")
-# The kinds that artifacts can be lowered for; kernels of our own, and tuning, are for a CPU alone.
-LOWERED_KINDS = ("cpu", "ethos-u")
 
 
 class UnknownTargetError(T3CError):
@@ -34,7 +35,7 @@ class TargetFileError(T3CError):
 
 
 class UnsupportedTargetError(T3CError):
-    """The target is described, but there is no backend that compiles for it."""
+    """What was asked for is for targets of another kind."""
 
 
 @dataclass(frozen=True)
@@ -211,14 +212,31 @@ def get_target(name: str) -> Target:
     known = _known()
     if name in known:
         return known[name]
+    if plain := re.fullmatch(r"cuda-sm_(\d{2,3})", name):
+        return _plain_cuda(name, int(plain[1]))
     if name == "x86_64":
         raise UnknownTargetError(
             "target x86_64 describes the host, and this host has no AVX2; cross-compile for another target"
         )
     raise UnknownTargetError(
-        f"unknown target {name!r}; known targets: {', '.join(known)}. Describe another in a TOML file, and name the "
-        f"file in the environment variable {OWN_TARGETS}"
+        f"unknown target {name!r}; known targets: {', '.join(known)}, cuda-sm_XX. Describe another in a TOML file, and "
+        f"name the file in the environment variable {OWN_TARGETS}"
     )
+
+
+def _plain_cuda(name: str, generation: int) -> Target:
+    """Any NVIDIA GPU beside an x86-64 host, by its compute capability alone."""
+    if generation < LEAST_CUDA:
+        raise UnknownTargetError(
+            f"target {name}: the kernels multiply int8 on tensor cores as sm_{LEAST_CUDA} and later do; lower for a CPU"
+        )
+    shipped = [
+        target for target in _shipped().values() if target.kind == "cuda" and target.host == _shipped()["x86_64-v3"]
+    ]
+    arch = f"sm_{generation}"
+    known = next((target for target in shipped if target.tvm["arch"] == arch), shipped[0])
+    roofline = f"{known.roofline} of {known.name}: nothing is known of a plain {arch}"
+    return replace(known, name=name, tvm={**known.tvm, "arch": arch}, roofline=roofline)
 
 
 def host_target() -> Target:
@@ -231,12 +249,10 @@ def machine(target: Target) -> str:
     return str((target.host or target).tvm["mtriple"]).partition("-")[0]
 
 
-def require_lowerable(target: Target, kinds: tuple[str, ...] = ("cpu",)) -> None:
-    """Raise :class:`UnsupportedTargetError` where ``target`` is of none of ``kinds``, those a backend compiles for."""
-    if target.kind in kinds:
-        return
-    lowered = [name for name, known in _known().items() if known.kind in kinds]
-    raise UnsupportedTargetError(
-        f"target {target.name} cannot be lowered: it is of kind {target.kind}, and this version compiles for "
-        f"{', '.join(kinds)} alone. Its grid and costs serve snap and export; lower for {', '.join(lowered)}"
-    )
+def require_cpu(target: Target) -> None:
+    """Raise :class:`UnsupportedTargetError` where ``target`` is none: what is asked for is for CPUs alone."""
+    if target.kind != "cpu":
+        raise UnsupportedTargetError(
+            f"target {target.name} is of kind {target.kind}: tuning and Relax modules are for a CPU alone; lower for "
+            "it without them"
+        )

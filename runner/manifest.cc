@@ -96,6 +96,8 @@ Target read_target(const std::string& name, const Json& entry, const std::vector
                                latency, costs[i].at("energy_mj").number(), drift});
   }
   for (const auto& [function, tensors] : entry.at("packs").items()) target.packs.push_back({function, tensors.texts()});
+  auto kind = entry.find("kind");
+  target.on_gpu = kind && kind->text() == "cuda";
   return target;
 }
 

@@ -39,6 +39,7 @@ struct Target {
   std::vector<std::string> features;
   std::vector<Profile> profiles;
   std::vector<Pack> packs;
+  bool on_gpu = false;
 };
 
 // What the manifest says of a file.

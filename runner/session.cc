@@ -65,6 +65,7 @@ void check_budget(const t3c_budget& budget) {
 
 // Why this machine cannot run a target's library; empty when it can.
 std::string refusal(const Target& target) {
+  if (target.on_gpu) return "it is CUDA code, which this runner does not load: use the Python package";
   if (target.machine != kMachine) return "it is for " + target.machine + ", this is " + kMachine;
   std::set<std::string> features = cpu_features();
   std::string missing;

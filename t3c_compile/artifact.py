@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
-from t3c_compile.backends.targets import LOWERED_KINDS, Target, get_target, require_lowerable
+from t3c_compile.backends.targets import Target, get_target
+from t3c_compile.backends.tvm.cuda.nvrtc import require_compiler
 from t3c_compile.cost import dense_int8_bytes
 from t3c_compile.manifest import MANIFEST, SCHEMA, STORE, ArtifactError, Manifest, described, write_manifest
 from t3c_compile.measuring import CALLS, measure
@@ -60,8 +61,7 @@ def lower(
         key: an Ed25519 private key to sign with, a PEM file or its content as bytes.
 
     Raises:
-        UnknownTargetError, UnsupportedTargetError, UnsupportedOpError, RecordsError, SigningKeyError: before any
-            compiling.
+        UnknownTargetError, UnsupportedOpError, RecordsError, CudaCompilerError, SigningKeyError: before any compiling.
         MemoryLimitError: a profile does not fit a target's memory.
         T3CError: a target was not among those that ``profiles`` were snapped for.
         VelaError: an NPU of ``targets`` cannot run a profile, or has too little memory for it.
@@ -100,9 +100,10 @@ def require_free(path: Path) -> None:
 def _check_targets(
     model: ElasticGraphModule, profiles: ProfileSet, targets: Sequence[Target], example_inputs: tuple[Tensor, ...]
 ) -> None:
-    """Refuse what no backend compiles, what was not snapped for and what does not fit, before the long work."""
+    """Refuse what was not snapped for and what does not fit, before the long work."""
     for target in targets:
-        require_lowerable(target, LOWERED_KINDS)
+        if target.kind == "cuda":
+            require_compiler(str(target.tvm["arch"]))
         if target.name not in profiles.profiles[0].costs:
             known = ", ".join(profiles.profiles[0].costs)
             raise T3CError(f"the profiles were snapped for {known}, not for {target.name}: snap for all of them")
@@ -135,16 +136,16 @@ def _write(
     from t3c_compile.backends.tvm.build import build_library
 
     with progress_bar(progress) as bar:
-        cpus = [target for target in targets if target.kind == "cpu"]
+        compiled = [target for target in targets if target.kind in ("cpu", "cuda")]
         # Steps: each profile, each target compiled, each target measured.
-        task = bar.add_task("specialize", total=(len(profiles.profiles) if cpus else 0) + 2 * len(targets))
+        task = bar.add_task("specialize", total=(len(profiles.profiles) if compiled else 0) + 2 * len(targets))
 
         def step() -> None:
             bar.advance(task)
 
-        programs, store = export_profiles(model, profiles, example_inputs, step) if cpus else ({}, {})
+        programs, store = export_profiles(model, profiles, example_inputs, step) if compiled else ({}, {})
         npu = None
-        if len(cpus) < len(targets):
+        if len(compiled) < len(targets):
             npu = split_profiles(model, profiles, example_inputs)
             store |= npu.store()
         write_store(folder / STORE, {name: tensor.numpy() for name, tensor in store.items()})
@@ -161,7 +162,7 @@ def _write(
             manifest["targets"] |= lower_npu_targets(
                 npu, [t for t in targets if t.kind == "ethos-u"], folder, bar, task
             )
-        for target in cpus:
+        for target in compiled:
             bar.update(task, description=f"compile for {target.name}")
             library = build_library(programs, target, folder / "lib" / f"{target.name}.so", records)
             manifest["inputs"] = _described(library.inputs)

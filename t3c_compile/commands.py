@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t3c_compile.backends.targets import LOWERED_KINDS, get_target, host_target, require_lowerable
+from t3c_compile.backends.targets import get_target, host_target
 from t3c_compile.budget import Budget
 from t3c_compile.inspecting import inspect_artifact, show_files, show_targets
 from t3c_compile.manifest import check_files, read_manifest
@@ -73,8 +73,6 @@ def lower(arguments: argparse.Namespace) -> None:
     if arguments.sign:
         private_key(arguments.sign)  # what is wrong shows before the long work
     targets = [get_target(name) for name in arguments.target]
-    for target in targets:
-        require_lowerable(target, LOWERED_KINDS)
     output = Path(arguments.output)
     require_free(output)
     checkpoint, profiles = _snap(arguments, targets)

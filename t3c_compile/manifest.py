@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -207,6 +208,8 @@ def _check_structure(path: Path, manifest: Any) -> None:
             wrong = f"{target}/conformal has an alpha or delta that is no probability"
         if wrong:
             raise ArtifactError(f"{path} is damaged: {wrong}")
+        if entry.get("kind") == "cuda" and not re.fullmatch(r"sm_\d{2,3}", str(entry.get("arch"))):
+            raise ArtifactError(f"{path} is damaged: {target}/arch is no architecture of a GPU")
         lists = {"functions": entry["functions"], "costs": entry["costs"]}
         if "conformal" in entry:
             lists["certified profiles"] = entry["conformal"]["profiles"]

@@ -27,7 +27,8 @@ def described_library(library: "Library", target: Target, folder: Path) -> dict[
     library.path.rename(folder / name)
     return {
         "machine": machine(target),
-        "features": list(target.features),
+        "features": list((target.host or target).features),
+        **({"arch": target.tvm["arch"]} if target.kind == "cuda" else {}),
         "library": name,
         "functions": list(library.functions),
         "packs": {function: list(names) for function, names in library.packs.items()},

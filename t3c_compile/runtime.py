@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t3c_compile.backends import cpu
+from t3c_compile.backends import cpu, gpu
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.conformal import CertificateError, ConformalCertificate
 from t3c_compile.drift import Array, drifts, logits_of
@@ -157,7 +157,9 @@ class Session:
         open_file(folder, manifest, entry["library"]).close()
         try:
             # A bare name would be looked for elsewhere.
-            self._machine = VirtualMachine((folder / entry["library"]).absolute(), functions)
+            self._machine = VirtualMachine(
+                (folder / entry["library"]).absolute(), functions, on_gpu=entry.get("kind") == "cuda"
+            )
             self._functions = [self._machine[name] for name in entry["functions"]]
             # Packed once, for all profiles, and pages of the store are let go as that goes on.
             packed: list[Any] = []
@@ -327,7 +329,9 @@ def refusal(entry: Mapping[str, Any]) -> str | None:
     if entry["machine"] != machine:
         return f"it is for {entry['machine']}, this is {machine}"
     missing = [feature for feature in entry["features"] if feature not in cpu.features()]
-    return f"this CPU lacks {', '.join(missing)}" if missing else None
+    if missing:
+        return f"this CPU lacks {', '.join(missing)}"
+    return gpu.refusal(entry["arch"]) if entry.get("kind") == "cuda" else None
 
 
 def profile_infos(manifest: Manifest, target: str) -> tuple[ProfileInfo, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from t3c_compile.artifact import export_profiles
-from t3c_compile.backends.targets import Target, get_target, machine, require_lowerable
+from t3c_compile.backends.targets import Target, get_target, machine, require_cpu
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.profile import ProfileSet
@@ -31,11 +31,11 @@ def open_records(path: str | os.PathLike[str], target: Target, remote: bool = Fa
     """The file of records of what ``target`` measures, here or on ``remote`` devices; made where there is none.
 
     Raises:
-        UnsupportedTargetError: no backend compiles for the target.
+        UnsupportedTargetError: the target is no CPU.
         TuningError: the target does not run on this machine, and no device is named.
         RecordsError: the file is of another kind or CPU, or damaged.
     """
-    require_lowerable(target)
+    require_cpu(target)
     reason = refusal({"machine": machine(target), "features": target.features})
     if not remote and reason is not None:
         raise TuningError(

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from mkdocs.exceptions import PluginError
 
-from t3c_compile.backends.targets import read_targets, require_lowerable
+from t3c_compile.backends.targets import read_targets, require_cpu
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -82,4 +82,4 @@ def test_a_page_that_loads_from_elsewhere_is_refused(pages: ModuleType, tmp_path
 
 def test_the_board_of_the_guide_is_a_target() -> None:
     (board,) = read_targets(REPO / "docs/extend/board.toml").values()
-    require_lowerable(board)
+    require_cpu(board)

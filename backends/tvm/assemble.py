@@ -10,14 +10,12 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-from t3c_compile.backends.tvm.convert import CONVERTERS
 from t3c_compile.backends.tvm.default_schedule import schedule_module
-from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.pack import pack
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.legalize import legalize
 from t3c_compile.backends.tvm.lowering import Key, Lowering
 from t3c_compile.backends.tvm.prepare import prepare
+from t3c_compile.backends.tvm.processor import Processor
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 from t3c_compile.backends.tvm.tuning.workload import Workload
 
@@ -38,23 +36,24 @@ class TensorInfo:
 
 
 def assemble(
-    programs: Mapping[str, torch.export.ExportedProgram], isa: Isa, tiles: Callable[[Workload], Tiles]
+    programs: Mapping[str, torch.export.ExportedProgram], processor: Processor, tiles: Callable[[Workload], Tiles]
 ) -> tuple[tvm.IRModule, tuple[TensorInfo, ...], Packs]:
     """One Relax module with ``f(*inputs, tensors)`` for each profile and functions that pack; the inputs; those.
 
     Every PrimFunc in it is scheduled and carries ``t3c.schedule``. ``tiles`` gives those of each kernel.
     """
-    lowered = {name: _Profile(Lowering(isa, program, tiles=tiles)) for name, program in prepare(programs).items()}
+    lowered = {name: _Profile(program, processor, tiles) for name, program in prepare(programs).items()}
     used = {key: var for profile in lowered.values() for key, var in profile.tensors.items()}
     keys = sorted(used, key=lambda key: (key[0], str(key[1])))
     merged = _Merged()
     for name, profile in lowered.items():
-        merged.add(name, schedule_module(legalize(profile.with_tensors(keys, used), isa), isa))
+        legal = legalize(profile.with_tensors(keys, used), processor.kernels)
+        merged.add(name, schedule_module(legal, processor.schedule_default))
     types = {name: ty for profile in lowered.values() for name, ty in profile.raw_types.items()}
     packs = {f"pack_{i}": group for i, group in enumerate(_groups(sorted({name for name, _ in keys}), types))}
     for function, group in packs.items():
         params = [relax.Var(name.replace(".", "_"), types[name]) for name in group]
-        merged.add(function, _pack_module(params, group, [key for key in keys if key[0] in group]))
+        merged.add(function, _pack_module(params, group, [key for key in keys if key[0] in group], processor))
     return merged.module, _common_inputs(lowered), packs
 
 
@@ -87,8 +86,14 @@ def _common_inputs(profiles: Mapping[str, "_Profile"]) -> tuple[TensorInfo, ...]
 class _Profile:
     """An imported profile and the run-time tensors it reads."""
 
-    def __init__(self, lowering: Lowering) -> None:
-        self.module = lowering.run(CONVERTERS)
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        processor: Processor,
+        tiles: Callable[[Workload], Tiles],
+    ) -> None:
+        lowering = Lowering(processor.isa, program, tiles=tiles, kernels=processor.kernels)
+        self.module = lowering.run(processor.converters)
         main = self.module["main"]
         count = int(main.attrs["num_input"])
         self.inputs = list(main.params[:count])
@@ -110,6 +115,8 @@ class _Profile:
         ]
         body = relax.SeqExpr([relax.BindingBlock(reads), *main.body.blocks], main.body.body)
         function = relax.Function([*self.inputs, tensors], body, main.ret_ty).with_attr("global_symbol", "main")
+        # What comes after the inputs stays as it is from call to call.
+        function = function.with_attr("num_input", len(self.inputs))
         module = tvm.IRModule(dict(self.module.functions))
         module.update_func(module.get_global_var("main"), function)
         return relax.transform.Normalize()(module)
@@ -151,7 +158,7 @@ class _Rename(relax.PyExprMutator):  # type: ignore[misc]
         return self._renamed[variable]
 
 
-def _pack_module(params: list[relax.Var], raw: tuple[str, ...], keys: list[Key]) -> tvm.IRModule:
+def _pack_module(params: list[relax.Var], raw: tuple[str, ...], keys: list[Key], processor: Processor) -> tvm.IRModule:
     builder = relax.BlockBuilder()
     by_name = dict(zip(raw, params, strict=True))
     with builder.function("main", params):
@@ -159,7 +166,7 @@ def _pack_module(params: list[relax.Var], raw: tuple[str, ...], keys: list[Key])
         for name, packing in keys:
             tensor = by_name[name]
             if packing is not None:
-                kernel = builder.add_func(pack(packing), f"pack_{packing.layout}")
+                kernel = builder.add_func(processor.pack(packing), f"pack_{packing.layout}")
                 packed = relax.TensorType(packing.shape, packing.packed_dtype)
                 tensor = builder.emit(relax.call_tir(kernel, [tensor], packed))
             result.append(tensor)

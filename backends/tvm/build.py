@@ -3,8 +3,10 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tvm
@@ -12,10 +14,15 @@ from tvm import relax
 
 from t3c_compile.backends.targets import Target
 from t3c_compile.backends.tvm.assemble import Packs, TensorInfo, assemble
+from t3c_compile.backends.tvm.cuda.library import CUDA_PIPELINE, own_compiler, packer
+from t3c_compile.backends.tvm.cuda.processor import CUDA
 from t3c_compile.backends.tvm.kernels.isa import isa_for
+from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.lowering import WAYS_OUT, UnsupportedOpError
 from t3c_compile.backends.tvm.pipelines import KERNEL_PIPELINE, runtime_pipeline
+from t3c_compile.backends.tvm.processor import cpu_processor
 from t3c_compile.backends.tvm.tuning.records import Tuned
+from t3c_compile.backends.tvm.tuning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -37,26 +44,44 @@ class Library:
 
 
 def build_library(
-    programs: Mapping[str, torch.export.ExportedProgram], target: Target, path: Path, records: Path | None = None
+    programs: Mapping[str, torch.export.ExportedProgram],
+    target: Target,
+    path: Path,
+    records: Path | None = None,
+    cuda_graphs: bool = False,
 ) -> Library:
     """Compile ``programs`` (function name -> exported program) for ``target`` into a shared library at ``path``.
 
     All programs take the same inputs and name the same tensors alike in their ``state_dict``. ``records``: a file
-    that tuning wrote; its tiles go before the shipped ones. Raises :class:`UnsupportedOpError` where a graph holds an
-    op with no lowering, :class:`RecordsError` where the records cannot be used, and ValueError where there is no
-    program or the programs differ in their inputs.
+    that tuning wrote; its tiles go before the shipped ones. ``cuda_graphs``: see :func:`runtime_pipeline`.
+
+    Raises:
+        UnsupportedOpError: a graph holds an op with no lowering.
+        RecordsError: the records cannot be used.
+        CudaCompilerError: NVRTC is not installed, or does not know the architecture.
+        ValueError: there is no program, or the programs differ in their inputs.
     """
     if not programs:
         raise ValueError("no program to build: give at least one profile")
-    module, inputs, packs = assemble(programs, isa_for(target), Tuned(target, records).tiles)
+    tiles: Callable[[Workload], Tiles]
+    if target.kind == "cuda":
+        # Tuning measures on CPUs alone.
+        processor, pipeline, tiles = CUDA, CUDA_PIPELINE, lambda _: ()
+        compiled_for = tvm.target.Target(dict(target.tvm), host=dict((target.host or target).tvm))
+    else:
+        processor, pipeline = cpu_processor(isa_for(target)), KERNEL_PIPELINE
+        tiles = Tuned(target, records).tiles
+        compiled_for = tvm.target.Target(dict(target.tvm))
+    module, inputs, packs = assemble(programs, processor, tiles)
     kernels = {
         variable.name_hint: str(function.attrs["t3c.schedule"])
         for variable, function in module.functions_items()
         if isinstance(function, tvm.tirx.PrimFunc)
     }
-    compiled_for = tvm.target.Target(dict(target.tvm))
+    relax_pipeline = runtime_pipeline(cuda_graphs)
     try:
-        executable = relax.build(module, compiled_for, relax_pipeline=runtime_pipeline(), tir_pipeline=KERNEL_PIPELINE)
+        with own_compiler(str(target.tvm["arch"])) if target.kind == "cuda" else nullcontext():
+            executable = relax.build(module, compiled_for, relax_pipeline=relax_pipeline, tir_pipeline=pipeline)
     except tvm.error.InternalError as error:
         # The importer knows the op, and nothing makes code of it.
         _, cannot, call = str(error).partition("Offending call:")
@@ -69,31 +94,31 @@ def build_library(
 
 def link(module: tvm.runtime.Executable | tvm.runtime.Module, target: Target, path: Path) -> None:
     """Write a compiled module as a shared library for ``target``; RuntimeError where linking fails."""
-    if target.zig_triple is None:
-        module.export_library(str(path))
-    else:
-        module.export_library(str(path), fcompile=_zig_link(target.zig_triple))
+    triple = (target.host or target).zig_triple
+    compiler = ["cc"] if triple is None else [sys.executable, "-m", "ziglang", "cc", "-target", triple]
+    options: dict[str, Callable[..., Any]] = {} if triple is None else {"fcompile": _linker(compiler)}
+    if target.kind == "cuda":
+        options["fpack_imports"] = packer(str(target.tvm["arch"]), _assembler(compiler))
+    module.export_library(str(path), **options)
 
 
-def _zig_link(triple: str) -> Callable[..., None]:
-    """A linker for ``export_library``: any host links for ``triple`` with the zig toolchain from PyPI."""
+def _linker(compiler: list[str]) -> Callable[..., None]:
+    """A linker for ``export_library``: any host links for another with the zig toolchain from PyPI."""
 
     def link(output: str, objects: list[str], options: list[str] | None = None) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "ziglang",
-            "cc",
-            "-target",
-            triple,
-            "-shared",
-            "-o",
-            output,
-            *objects,
-            *(options or []),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"linking for {triple} failed:\n{done.stderr}")
+        _run([*compiler, "-shared", "-o", output, *objects, *(options or [])])
 
     return link
+
+
+def _assembler(compiler: list[str]) -> Callable[[str, str], None]:
+    def assemble(source: str, output: str) -> None:
+        _run([*compiler, "-c", source, "-o", output])
+
+    return assemble
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"linking failed: {' '.join(command)}\n{done.stderr}")

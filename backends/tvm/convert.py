@@ -15,8 +15,8 @@ from tvm import relax, te
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.convert_convs import CONV_CONVERTERS
-from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, attention_f32
-from t3c_compile.backends.tvm.kernels import floats, linear, moves, pack, quantize, vmath, weight_only
+from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, Attend, attention_f32, one_kernel
+from t3c_compile.backends.tvm.kernels import floats, linear, pack, quantize, vmath, weight_only
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
@@ -124,11 +124,11 @@ def _conv_transpose3d(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.emit(relax.op.add(y, lower.emit(relax.op.reshape(lower.value(a["bias"]), [-1, 1, 1, 1]))))
 
 
-def _attention(lower: Lowering, a: Arguments) -> relax.Var:
+def attention(lower: Lowering, a: Arguments, attend: Attend = one_kernel) -> relax.Var:
     query = lower.value(a["query"])
     if str(query.ty.dtype) != "float32" or len(shape_of(query)) not in (3, 4) or a["dropout_p"]:
         return lower.default()
-    return attention_f32(lower, a)
+    return attention_f32(lower, a, attend=attend)
 
 
 def _slice(lower: Lowering, a: Arguments) -> relax.Var:
@@ -188,7 +188,7 @@ def _cumsum(lower: Lowering, a: Arguments) -> relax.Var:
         x = lower.emit(relax.op.astype(x, dtype))
     shape = shape_of(x)
     sizes, dim = dims(shape), a["dim"] % len(shape)
-    kernel = moves.cumsum(lower.isa, sizes[:dim], sizes[dim], sizes[dim + 1 :], dtype)
+    kernel = lower.kernels.cumsum(sizes[:dim], sizes[dim], sizes[dim + 1 :], dtype)
     return lower.call(kernel, [x], shape, dtype)
 
 
@@ -213,7 +213,7 @@ def _index_copy(lower: Lowering, a: Arguments) -> relax.Var:
     shape, dtype = shape_of(x), str(x.ty.dtype)
     sizes, dim = dims(shape), a["dim"] % len(shape)
     (written,) = dims(shape_of(index))
-    kernel = moves.index_copy(lower.isa, sizes[:dim], sizes[dim], written, sizes[dim + 1 :], dtype)
+    kernel = lower.kernels.index_copy(sizes[:dim], sizes[dim], written, sizes[dim + 1 :], dtype)
     return lower.call(kernel, [x, index, source], shape, dtype)
 
 
@@ -259,7 +259,7 @@ CONVERTERS: dict[str, Converter] = {
     "max.dim": partial(_extreme_and_place, relax.op.max, relax.op.argmax),
     "min.dim": partial(_extreme_and_place, relax.op.min, relax.op.argmin),
     "index_copy.default": _index_copy,
-    "scaled_dot_product_attention.default": _attention,
+    "scaled_dot_product_attention.default": attention,
     "npu.default": _npu,
     "hardsigmoid.default": partial(_float_expression, _hardsigmoid),
     "hardswish.default": partial(_float_expression, _hardswish),

@@ -7,13 +7,13 @@ import torch
 from torch import fx
 from tvm import relax
 
-from t3c_compile.backends.tvm.kernels import conv, pack, pool
+from t3c_compile.backends.tvm.kernels import conv, pack
 from t3c_compile.backends.tvm.kernels.window import Window
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
 
-def _window(a: Arguments, size: list[Any], kernel: list[int]) -> Window:
+def window_of(a: Arguments, size: list[Any], kernel: list[int]) -> Window:
     pairs = ((int(v[0]), int(v[1])) for v in (a["stride"], a["padding"], a["dilation"]))
     return Window((size[0], size[1]), (kernel[0], kernel[1]), *pairs)
 
@@ -37,7 +37,7 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
     raw = shape_of(lower.value(a["weight"]))
     single = raw[2:] == [1, 1] and max(a["stride"]) > 1
     x, (batch, *size, channels), planes = _images(lower, a["x"], single)
-    window = _window(a, size, raw[2:])
+    window = window_of(a, size, raw[2:])
     spec = conv.ConvSpec(
         dims([batch])[0],
         channels,
@@ -59,9 +59,9 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
     x, (batch, *size, channels), planes = _images(lower, a["x"], form == "svd" and max(a["stride"]) > 1)
     (r_in, _), (r_out, outputs) = shape_of(lower.value(a["v"])), shape_of(lower.value(a["u"]))
     if form == "svd":
-        window = _window({"stride": a["stride"], "padding": (0, 0), "dilation": (1, 1)}, size, [1, 1])
+        window = window_of({"stride": a["stride"], "padding": (0, 0), "dilation": (1, 1)}, size, [1, 1])
     else:
-        window = _window(a, size, shape_of(lower.value(a["core"]))[-2:])
+        window = window_of(a, size, shape_of(lower.value(a["core"]))[-2:])
     spec = conv.ChainSpec(
         form,
         dims([batch])[0],
@@ -98,9 +98,9 @@ def _max_pool2d(lower: Lowering, a: Arguments) -> relax.Var | None:
     x = lower.channels_last(a["self"])
     batch, *size, channels = shape_of(x)
     kernel, stride, padding = ([v[0], v[-1]] for v in (a["kernel_size"], a["stride"] or a["kernel_size"], a["padding"]))
-    window = _window({"stride": stride, "padding": padding, "dilation": (1, 1)}, size, kernel)
+    window = window_of({"stride": stride, "padding": padding, "dilation": (1, 1)}, size, kernel)
     rows, columns = lower.node.meta["val"].shape[2:]
-    pooled = pool.max_pool2d(lower.isa, dims([batch])[0], channels, window, (rows, columns), lower.image_finish)
+    pooled = lower.kernels.max_pool2d(dims([batch])[0], channels, window, (rows, columns), lower.image_finish)
     return lower.call_fused(pooled, [x], [batch, rows, columns, channels], channels_last=True)
 
 

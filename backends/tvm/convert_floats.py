@@ -10,7 +10,7 @@ from torch import fx
 from tvm import relax, te
 from tvm.ir import Expr
 
-from t3c_compile.backends.tvm.kernels import rows, vmath
+from t3c_compile.backends.tvm.kernels import vmath
 from t3c_compile.backends.tvm.kernels.attention import attention
 from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Layout, plain
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering
@@ -32,8 +32,8 @@ def _elementwise(function: Callable[[Expr], Expr], lower: Lowering, a: Arguments
 def _layer_norm(lower: Lowering, a: Arguments) -> relax.Var | None:
     x, weight, bias = lower.value(a["x"]), lower.optional(a["weight"]), lower.optional(a["bias"])
     *lead, count = shape_of(x)
-    kernel = rows.layer_norm(
-        lower.isa, dims(lead), dims([count])[0], weight is not None, bias is not None, float(a["eps"]), lower.finish
+    kernel = lower.kernels.layer_norm(
+        dims(lead), dims([count])[0], weight is not None, bias is not None, float(a["eps"]), lower.finish
     )
     return lower.call_fused(kernel, [x, weight, bias], [*lead, count])
 
@@ -41,7 +41,7 @@ def _layer_norm(lower: Lowering, a: Arguments) -> relax.Var | None:
 def _rms_norm(lower: Lowering, a: Arguments) -> relax.Var | None:
     x, weight = lower.value(a["x"]), lower.optional(a["weight"])
     *lead, count = shape_of(x)
-    kernel = rows.rms_norm(lower.isa, dims(lead), dims([count])[0], weight is not None, float(a["eps"]), lower.finish)
+    kernel = lower.kernels.rms_norm(dims(lead), dims([count])[0], weight is not None, float(a["eps"]), lower.finish)
     return lower.call_fused(kernel, [x, weight], [*lead, count])
 
 
@@ -55,7 +55,7 @@ def _mean(lower: Lowering, a: Arguments) -> relax.Var:
     if over == [2, 3] and lower.is_channels_last(a["x"]):
         images = lower.channels_last(a["x"])
         batch, *size, channels = shape_of(images)
-        kernel = rows.mean(lower.isa, dims([batch]), dims(size), dims([channels]))
+        kernel = lower.kernels.mean(dims([batch]), dims(size), dims([channels]))
         y = lower.call(kernel, [images], [batch, channels], "float32")
         return lower.emit(relax.op.reshape(y, [batch, channels, 1, 1])) if a["keepdim"] else y
     kept = [d for d in range(len(shape)) if d not in over]
@@ -66,7 +66,7 @@ def _mean(lower: Lowering, a: Arguments) -> relax.Var:
         sizes = dims([shape[d] for d in kept]), dims([shape[d] for d in over]), ()
     else:
         sizes = dims(shape[:first]), dims(shape[first : last + 1]), dims(shape[last + 1 :])
-    y = lower.call(rows.mean(lower.isa, sizes[0], sizes[1], sizes[2]), [x], [shape[d] for d in kept], "float32")
+    y = lower.call(lower.kernels.mean(sizes[0], sizes[1], sizes[2]), [x], [shape[d] for d in kept], "float32")
     if not a["keepdim"]:
         return y
     return lower.emit(relax.op.reshape(y, [1 if d in over else size for d, size in enumerate(shape)]))
@@ -93,11 +93,21 @@ def _swaps_tokens(node: Any) -> bool:
     return [d % len(order) for d in order] == _SWAP
 
 
-def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> relax.Var:
+def one_kernel(
+    lower: Lowering, spec: AttentionSpec, args: list[relax.Expr | None], shape: list[Any], sizes: tuple[Any, Any, Any]
+) -> relax.Var:
+    return lower.call(attention(lower.isa, spec), args, shape, "float32")
+
+
+# From query, key, value and mask: the result of a shape; (batch, rows, keys) are the sizes the spec has by name.
+Attend = Callable[[Lowering, AttentionSpec, list[relax.Expr | None], list[Any], tuple[Any, Any, Any]], relax.Var]
+
+
+def attention_f32(lower: Lowering, a: Arguments, integers: bool = False, attend: Attend = one_kernel) -> relax.Var:
     """``t3c::attention_f32``, ``t3c::attention_int8``, and ATen's, whose inputs may have three dimensions.
 
     Inputs that are views of other tensors are read as they lie, and an output that is transposed to [batch, tokens,
-    heads, width] is written so.
+    heads, width] is written so. ``attend`` emits it.
     """
     nodes = [a["query"], a["key"], a["value"]]
     shapes = [shape_of(lower.value(node)) for node in nodes]
@@ -132,7 +142,7 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False) -> rela
         integers,
     )
     shape = [batch, count, heads, value_width] if last else [batch, heads, count, value_width]
-    y = lower.call(attention(lower.isa, spec), [q, k, v, mask], shape, "float32")
+    y = attend(lower, spec, [q, k, v, mask], shape, (batch, count, keys))
     if last:
         lower.tokens_first[lower.node] = y
         return lower.emit(relax.op.permute_dims(y, _SWAP))

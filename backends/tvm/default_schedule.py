@@ -4,6 +4,7 @@ Element-wise stages are inlined; each block left has its outer loops fused and s
 innermost spatial loop vectorized; reductions keep their sums in a vector.
 """
 
+from collections.abc import Callable
 from math import gcd, prod
 from typing import Any
 
@@ -11,7 +12,6 @@ import tvm
 from tvm import s_tir
 
 from t3c_compile.backends.tvm.kernels.emit import PARALLEL_WORK
-from t3c_compile.backends.tvm.kernels.isa import Isa
 
 # TVM would take a vector of these apart, element by element; LLVM has them for vectors.
 for _op in ("tirx.nearbyint",):
@@ -20,25 +20,26 @@ for _op in ("tirx.nearbyint",):
 _SPATIAL, _REDUCTION = 0, 2  # tirx.IterVar kinds
 
 
-def schedule_module(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
-    """``module`` with each PrimFunc scheduled and carrying ``t3c.schedule``, which says how."""
+def schedule_module(module: tvm.IRModule, default: Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc]) -> tvm.IRModule:
+    """``module`` with each PrimFunc scheduled, by ``default`` where it is not, and carrying ``t3c.schedule``, which
+    says how."""
     result = tvm.IRModule(dict(module.functions))
     for variable, function in module.functions_items():
         if isinstance(function, tvm.tirx.PrimFunc) and "t3c.schedule" not in function.attrs:
-            result.update_func(variable, schedule_default(function, isa.lanes))
+            result.update_func(variable, default(function))
     return result
 
 
 def schedule_default(function: tvm.tirx.PrimFunc, lanes: int) -> tvm.tirx.PrimFunc:
     """``function`` with the default schedule for vectors of ``lanes`` float32."""
     schedule = s_tir.Schedule(function)
-    blocks = _inline(schedule, schedule.get_child_blocks(schedule.get_sblock("root")))
+    blocks = inline(schedule, schedule.get_child_blocks(schedule.get_sblock("root")))
     kinds = {_schedule_block(schedule, block, lanes) for block in blocks}
     kind = "reduction" if "reduction" in kinds else "elementwise"
     return schedule.mod["main"].with_attr("t3c.schedule", f"default: {kind}")
 
 
-def _inline(schedule: Any, blocks: list[Any]) -> list[Any]:
+def inline(schedule: Any, blocks: list[Any]) -> list[Any]:
     """Inline every element-wise stage into its consumer; what is left.
 
     A stage with conditions (padding) stays before a reduction: in it they would be tested for every term, and TVM's
@@ -46,8 +47,8 @@ def _inline(schedule: Any, blocks: list[Any]) -> list[Any]:
     """
     left = []
     for block in blocks[:-1]:
-        feeds_sum = any(_is_reduction(schedule, consumer) for consumer in schedule.get_consumers(block))
-        if _is_reduction(schedule, block) or (feeds_sum and _has_condition(schedule, block)):
+        feeds_sum = any(is_reduction(schedule, consumer) for consumer in schedule.get_consumers(block))
+        if is_reduction(schedule, block) or (feeds_sum and _has_condition(schedule, block)):
             left.append(block)
             continue
         try:
@@ -57,8 +58,13 @@ def _inline(schedule: Any, blocks: list[Any]) -> list[Any]:
     return [*left, blocks[-1]]
 
 
-def _is_reduction(schedule: Any, block: Any) -> bool:
+def is_reduction(schedule: Any, block: Any) -> bool:
     return any(int(v.iter_type) == _REDUCTION for v in schedule.get(block).iter_vars)
+
+
+def is_spatial(schedule: Any, block: Any) -> list[bool]:
+    """Of each loop around ``block`` whether its turns are independent."""
+    return [int(v.iter_type) == _SPATIAL for v in schedule.get(block).iter_vars]
 
 
 def _has_condition(schedule: Any, block: Any) -> bool:
@@ -71,12 +77,12 @@ def _extent(schedule: Any, loop: Any) -> int | None:
 
 
 def _schedule_block(schedule: Any, block: Any, lanes: int) -> str:
-    kinds = [int(v.iter_type) for v in schedule.get(block).iter_vars]
+    kinds = is_spatial(schedule, block)
     loops = schedule.get_loops(block)
     if not loops:
         return "elementwise"
-    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
-    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != _SPATIAL]
+    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind]
+    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if not kind]
     extents = [_extent(schedule, loop) for loop in loops]
     # A dynamic dimension counts as one: a call too small to share out must not pay for waking the other threads.
     work = prod(e for e in extents if e is not None)

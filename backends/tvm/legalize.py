@@ -10,9 +10,9 @@ import tvm
 from tvm import relax, te
 from tvm.ir import Expr
 
-from t3c_compile.backends.tvm.kernels import floats, rows, vmath
+from t3c_compile.backends.tvm.kernels import vmath
 from t3c_compile.backends.tvm.kernels.emit import static
-from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.table import Kernels
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
 _ELEMENTWISE = {
@@ -27,11 +27,11 @@ _ELEMENTWISE = {
 _RESHAPES = ("relax.expand_dims", "relax.squeeze", "relax.flatten")
 
 
-def legalize(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
+def legalize(module: tvm.IRModule, kernels: Kernels) -> tvm.IRModule:
     """``module`` with every op but reshape a ``call_tir``, and element-wise neighbours fused."""
     passes = [
         relax.transform.DecomposeOpsForInference(),
-        relax.transform.LegalizeOps(_rules(isa), skip_ops=["relax.reshape"]),
+        relax.transform.LegalizeOps(_rules(kernels), skip_ops=["relax.reshape"]),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
@@ -44,13 +44,13 @@ def legalize(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
 Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 
-def _rules(isa: Isa) -> dict[str, Rule]:
-    kernels: dict[str, Callable[[Isa, relax.BlockBuilder, relax.Call], relax.Expr | None]] = {
+def _rules(kernels: Kernels) -> dict[str, Rule]:
+    own: dict[str, Callable[[Kernels, relax.BlockBuilder, relax.Call], relax.Expr | None]] = {
         "relax.matmul": _matmul,
         "relax.nn.softmax": _softmax,
         "relax.nn.layer_norm": _layer_norm,
     }
-    rules = {op: _or_default(op, partial(convert, isa)) for op, convert in kernels.items()}
+    rules = {op: _or_default(op, partial(convert, kernels)) for op, convert in own.items()}
     rules |= {op: _or_default(op, partial(_elementwise, math)) for op, math in _ELEMENTWISE.items()}
     rules["relax.multiply"] = _or_default("relax.multiply", _multiply)
     return rules | {op: _as_reshape for op in _RESHAPES}
@@ -103,7 +103,7 @@ def _kernel_call(builder: relax.BlockBuilder, kernel: tvm.tirx.PrimFunc, name: s
     return relax.call_tir(builder.add_func(kernel, name), list(call.args), call.ty)
 
 
-def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+def _matmul(kernels: Kernels, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
     a, b = (shape_of(argument) for argument in call.args)
     *batch, rows, inputs = a
     shared = len(b) == 2
@@ -112,23 +112,23 @@ def _matmul(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Ex
     inputs, columns = dims([inputs, b[-1]])
     if shared:
         # One right factor for the whole batch: the batch is rows of one product.
-        kernel = floats.matmul(isa, (), dims([*batch, rows]), inputs, columns)
+        kernel = kernels.matmul((), dims([*batch, rows]), inputs, columns)
     else:
-        kernel = floats.matmul(isa, dims(batch), dims([rows]), inputs, columns)
+        kernel = kernels.matmul(dims(batch), dims([rows]), inputs, columns)
     return _kernel_call(builder, kernel, "matmul", call)
 
 
-def _softmax(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+def _softmax(kernels: Kernels, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
     *lead, count = shape_of(call.args[0])
     if call.attrs.axis not in (-1, len(lead)) or str(call.ty.dtype) != "float32":
         return None
-    return _kernel_call(builder, rows.softmax(isa, dims(lead), dims([count])[0]), "softmax", call)
+    return _kernel_call(builder, kernels.softmax(dims(lead), dims([count])[0]), "softmax", call)
 
 
-def _layer_norm(isa: Isa, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
+def _layer_norm(kernels: Kernels, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr | None:
     *lead, count = shape_of(call.args[0])
     axes = [int(axis) % (len(lead) + 1) for axis in call.attrs.axes]
     if axes != [len(lead)] or not isinstance(count, int) or str(call.ty.dtype) != "float32":
         return None
-    kernel = rows.layer_norm(isa, dims(lead), count, True, True, float(call.attrs.epsilon))
+    kernel = kernels.layer_norm(dims(lead), count, True, True, float(call.attrs.epsilon))
     return _kernel_call(builder, kernel, "layer_norm", call)

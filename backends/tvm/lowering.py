@@ -20,8 +20,8 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from t3c_compile.backends.tvm.fuse import Fused, fuse
 from t3c_compile.backends.tvm.kernels.finish import ADD_INT8, Finish
 from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.quantize import flip
+from t3c_compile.backends.tvm.kernels.table import Kernels, cpu_kernels
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.relax_shapes import shape_of
 from t3c_compile.backends.tvm.tuning.workload import Spec, Workload
@@ -30,7 +30,7 @@ from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
 # A run-time tensor: the raw parameter's name and how it is packed, None where it is used as stored.
-Key = tuple[str, Packing | None]
+Key = tuple[str, Any]
 Arguments = Mapping[str, Any]
 
 # Element-wise ops, which give images back as they lie; and those of them that kernels take over.
@@ -54,7 +54,8 @@ class Lowering:
     """One profile on its way to Relax; ``program`` has been through :func:`prepare`.
 
     ``take_over``: kernels take over the nodes after them; else each op is one of the module's. ``tiles``: those of the
-    kernels that have a choice; the defaults where it is not given.
+    kernels that have a choice; the defaults where it is not given. ``kernels``: those of float stages; a CPU's where
+    they are not given.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Lowering:
         program: torch.export.ExportedProgram,
         take_over: bool = True,
         tiles: Callable[[Workload], Tiles] = lambda _: (),
+        kernels: Kernels | None = None,
     ) -> None:
         self.isa = isa
+        self.kernels = kernels or cpu_kernels(isa)
         # How often a call of the profile calls each kernel that has a choice of tiles.
         self.workloads: Counter[Workload] = Counter()
         self._tiles = tiles
@@ -177,8 +180,8 @@ class Lowering:
             return self.emit(relax.op.reshape(images, shape))
         return self.emit(relax.op.permute_dims(images, list(order)))
 
-    def packed(self, node: fx.Node, packing: Packing) -> relax.Var:
-        """The parameter ``node``, packed at load."""
+    def packed(self, node: fx.Node, packing: Any) -> relax.Var:
+        """The parameter ``node``, packed at load as ``packing`` (the processor's own class) says."""
         key = (self.names[node.name], packing)
         if key not in self.tensors:
             self.tensors[key] = relax.Var(
@@ -195,6 +198,13 @@ class Lowering:
     def call(self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], dtype: str) -> relax.Var:
         """Emit a call of ``kernel`` on the arguments that are there, giving one tensor."""
         return self._call(kernel, args, relax.TensorType(shape, dtype))
+
+    def call_several(
+        self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], results: list[tuple[list[Any], str]]
+    ) -> list[relax.Var]:
+        """The same for several tensors, each of a (shape, dtype)."""
+        called = self._call(kernel, args, [relax.TensorType(shape, dtype) for shape, dtype in results])
+        return [self.emit(called[i]) for i in range(len(results))]
 
     def _call(self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], types: Any) -> relax.Var:
         builder = self._importer.block_builder

@@ -8,14 +8,19 @@ from tvm.tirx.compilation_pipeline import register_tir_pipeline
 KERNEL_PIPELINE = "t3c"
 
 
-def runtime_pipeline() -> tvm.ir.transform.Pass:
-    """From call_tir to VM code: TVM's default build without its legalization, which would turn reshapes into copies."""
+def runtime_pipeline(cuda_graphs: bool = False) -> tvm.ir.transform.Pass:
+    """From call_tir to VM code: TVM's default build without its legalization, which would turn reshapes into copies.
+
+    ``cuda_graphs``: launches between tensors of known sizes are captured at the first call, and repeated as one.
+    """
+    graphs = [tvm.ir.transform.module_pass(_with_graphs, opt_level=0, name="t3c-cuda-graphs")] if cuda_graphs else []
     return tvm.ir.transform.Sequential(
         [
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
             relax.transform.StaticPlanBlockMemory(),
+            *graphs,
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
@@ -24,6 +29,12 @@ def runtime_pipeline() -> tvm.ir.transform.Pass:
             relax.transform.AttachGlobalSymbol(),
         ]
     )
+
+
+def _with_graphs(module: tvm.IRModule, _: tvm.ir.transform.PassContext) -> tvm.IRModule:
+    # The pass looks for its permission in the context.
+    with tvm.ir.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
+        return relax.transform.RewriteCUDAGraph()(module)
 
 
 def _kernel_passes() -> tuple[tvm.ir.transform.Pass, object, object]:

@@ -7,13 +7,13 @@ import tvm
 from tvm import relax
 
 from t3c_compile.backends.targets import Target, get_target
-from t3c_compile.backends.tvm.convert import CONVERTERS
 from t3c_compile.backends.tvm.default_schedule import schedule_module
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.pack import pack
 from t3c_compile.backends.tvm.legalize import legalize
 from t3c_compile.backends.tvm.lowering import Lowering
 from t3c_compile.backends.tvm.prepare import prepare
+from t3c_compile.backends.tvm.processor import cpu_processor
 from t3c_compile.passes.capture import traced_inputs
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.specialize import specialize
@@ -37,7 +37,7 @@ def relax_module(
 
     Raises:
         UnsupportedOpError: a graph holds an op with no lowering.
-        UnknownTargetError, UnsupportedTargetError: there is no such target, or no backend for it.
+        UnknownTargetError, UnsupportedTargetError: there is no such target, or it is no CPU.
     """
     isa = isa_for(get_target(target) if isinstance(target, str) else target)
     ranks = {layer: option.rank for layer, option in profile.options.items()}
@@ -47,17 +47,17 @@ def relax_module(
     program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
     # A pass of the user's sees every op.
     lowering = Lowering(isa, prepare({"main": program})["main"], take_over=False)
-    module = _pack_inside(lowering, lowering.run(CONVERTERS))
+    module = _pack_inside(lowering, lowering.run(cpu_processor(isa).converters))
     weights = [graph.state_dict()[lowering.names[name]] for name in _weight_names(module)]
     return module, [tvm.runtime.tensor(weight.detach().contiguous().numpy()) for weight in weights]
 
 
 def schedule(target: Target | str) -> tvm.ir.transform.Pass:
     """A module pass: Relax ops become kernels, element-wise neighbours are fused, every kernel is scheduled."""
-    isa = isa_for(get_target(target) if isinstance(target, str) else target)
+    processor = cpu_processor(isa_for(get_target(target) if isinstance(target, str) else target))
 
     def apply(module: tvm.IRModule, _: tvm.ir.transform.PassContext) -> tvm.IRModule:
-        return schedule_module(legalize(module, isa), isa)
+        return schedule_module(legalize(module, processor.kernels), processor.schedule_default)
 
     return tvm.ir.transform.module_pass(apply, opt_level=0, name="t3c-schedule")
 

@@ -4,6 +4,7 @@ Kernels are written straight as TIR loops with vector values: what is emitted he
 left for a scheduler, and a kernel compiles in milliseconds.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
@@ -48,8 +49,12 @@ class Function:
         self._symbols: dict[str, tvm.tirx.Var] = {}
 
     def dims(self, shape: Shape) -> list[Index]:
-        """``shape`` with a TIR variable for each name."""
-        return [self._symbols.setdefault(d, tvm.tirx.Var(d, "int64")) if isinstance(d, str) else d for d in shape]
+        """``shape`` with a TIR variable for each name; one that is an expression becomes a name that C has, too."""
+
+        def variable(name: str) -> tvm.tirx.Var:
+            return self._symbols.setdefault(name, tvm.tirx.Var(re.sub(r"\W+", "_", name), "int64"))
+
+        return [variable(d) if isinstance(d, str) else d for d in shape]
 
     def size(self, shape: Shape) -> Index:
         """Number of elements of ``shape``."""

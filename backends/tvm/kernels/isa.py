@@ -13,7 +13,7 @@ import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.targets import Target, require_lowerable
+from t3c_compile.backends.targets import Target, require_cpu
 from t3c_compile.backends.tvm.kernels.emit import Index, int32
 
 QUAD = 4  # int8 values a lane
@@ -153,5 +153,5 @@ def by_lane(isa: Isa) -> Isa:
 
 def isa_for(target: Target) -> Isa:
     """The instruction set of ``target``. Raises :class:`UnsupportedTargetError` where that is no CPU."""
-    require_lowerable(target)
+    require_cpu(target)
     return _ISAS[target.simd]

@@ -27,20 +27,20 @@ def _register(name: str, what: str, intrinsic: str) -> str:
 
 
 # LLVM joins a product and a sum into one operation wherever they meet; nothing passes through this fence.
-_ROUNDED = _register(
+ROUNDED = _register(
     "tirx.t3c_rounded", "The value as float32, never as part of a fused multiply-add.", "llvm.arithmetic.fence"
 )
-_NEAREST = _register("tirx.t3c_nearest", "The nearest int32, ties to even.", "llvm.lrint")
+NEAREST = _register("tirx.t3c_nearest", "The nearest int32, ties to even.", "llvm.lrint")
 
 
 def rounded(x: Expr, lanes: int = 1) -> Expr:
     """The product ``x`` rounded to float32 before anything is added to it."""
-    return tvm.tirx.call_intrin(vec("float32", lanes), _ROUNDED, x)
+    return tvm.tirx.call_intrin(vec("float32", lanes), ROUNDED, x)
 
 
 def nearest(x: Expr, lanes: int = 1) -> Expr:
     """float32 ``x`` as int32, ties to even: one instruction. Past the range of int32 it is any number."""
-    return tvm.tirx.call_intrin(vec("int32", lanes), _NEAREST, x)
+    return tvm.tirx.call_intrin(vec("int32", lanes), NEAREST, x)
 
 
 class Lanes:
