@@ -97,14 +97,14 @@ def test_glue_without_datasets_says_what_to_install(tmp_path: Path, monkeypatch:
 
 
 def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 4))
+    return nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
 
 
 @pytest.fixture(scope="module")
 def start() -> Start:
     """A small network trained on what a teacher of random weights says."""
     torch.manual_seed(0)
-    teacher, x = net(), torch.randn(480, 64)
+    teacher, x = net(), torch.randn(480, 48)
     data = TensorDataset(x, teacher(3 * x).argmax(1))
     parts = [torch.utils.data.Subset(data, range(a, b)) for a, b in ((0, 320), (320, 400), (400, 480))]
     task = Task("toy", "accuracy", net, *parts, 32, 8, 2, 1e-2, 1e-3)
@@ -116,7 +116,8 @@ def start() -> Start:
 @pytest.fixture(scope="module")
 def compressed(start: Start) -> dict[str, Compressed]:
     before = copy.deepcopy(start.model.state_dict())
-    found = {name: baseline.compress(start) for name, baseline in BASELINES.items()}
+    # Rank and plain quantization-aware training have layers and a test of their own.
+    found = {name: BASELINES[name].compress(start) for name in BASELINES if name not in ("lr_ft", "qat8")}
     # Each method starts from the same model, so none may change it.
     assert all(torch.equal(before[name], tensor) for name, tensor in start.model.state_dict().items())
     return found
@@ -207,18 +208,17 @@ def test_movement_scores_fall_where_weights_move_to_zero() -> None:
     assert pruned.scheduled(0.7, 0.8) == pruned.scheduled(1, 0.8) == 0.8
 
 
-def test_fixed_ranks_take_a_quarter_of_the_products(compressed: dict[str, Compressed]) -> None:
+def test_fixed_ranks_take_a_quarter_of_the_products() -> None:
     torch.manual_seed(0)
-    found = compressed["lr_ft"]
-    # 64 x 48 has no rank on the grid that costs so little; a wider layer has.
-    assert {option.form for option in found.options.values()} == {"dense"}
     data = TensorDataset(torch.randn(40, 256), torch.zeros(40, dtype=torch.int64))
     task = Task("wide", "accuracy", net, data, data, data, 20, 1, 1, 1e-3, 1e-3)
-    wide = low_rank.fine_tuned(Start(task, nn.Sequential(nn.Linear(256, 192), nn.Linear(192, 4)), 0))
-    (name, layer), _ = elastic_layers(wide.elastic)
-    option = wide.options[name]
-    assert (option.form, option.rank) == ("svd", 16)
+    found = low_rank.fine_tuned(Start(task, nn.Sequential(nn.Linear(256, 192), nn.Linear(192, 4)), 0))
+    (name, layer), (narrow, _) = elastic_layers(found.elastic)
+    option = found.options[name]
+    assert (option.form, option.rank, option.bits) == ("svd", 16, 8)
     assert torch.linalg.matrix_rank(layer.dense_weight(option)) == 16
+    # No rank of four outputs costs so little.
+    assert found.options[narrow].form == "dense"
 
 
 def test_adapters_start_as_what_four_bits_lose_and_alone_are_trained(
@@ -228,9 +228,10 @@ def test_adapters_start_as_what_four_bits_lose_and_alone_are_trained(
     adapted = low_rank.Adapted(layer)
     rounded = low_rank.rounded(layer.weight, 4)
     assert max(len(row.unique()) for row in rounded) <= 15
-    left = layer.weight - rounded - adapted.up.weight @ adapted.down.weight
-    # The best of rank 8: what stays are the other singular values.
-    lost = torch.linalg.svdvals(layer.weight - rounded)
+    with torch.no_grad():
+        left = layer.weight - rounded - adapted.up.weight @ adapted.down.weight
+        # The best of rank 8: what stays are the other singular values.
+        lost = torch.linalg.svdvals(layer.weight - rounded)
     assert float(left.norm()) == pytest.approx(float(lost[8:].norm()), rel=1e-3)
     found = compressed["lora_comp"]
     bits = {name: option.bits for name, option in found.options.items()}
@@ -247,10 +248,10 @@ def test_deployed_in_float32_and_in_eight_bits(start: Start, compressed: dict[st
         size = lower(compressed[name], start.task, path)
         logits = logits_of(path, start.task)
         assert float((logits - full).norm() / full.norm()) < error
-        numbers = 64 * 48 + 48 * 32 + 32 * 4
-        outputs = 48 + 32 + 4
+        numbers = 2 * 48 * 48 + 48 * 4
+        outputs = 48 + 48 + 4
         assert size == width * numbers + 8 * outputs
-    np.save(tmp_path / "input.npy", np.zeros((4, 64), np.float32))
+    np.save(tmp_path / "input.npy", np.zeros((4, 48), np.float32))
     times = measure(tmp_path, 4)
     assert set(times) == {"fp32/p0", "ptq8/p0"}
     assert all(0 < found["p50"] <= found["p90"] for found in times.values())
@@ -302,7 +303,7 @@ def test_page_has_means_sizes_and_commands_for_what_is_empty(tmp_path: Path) -> 
 )
 def test_goals_say_what_was_missed(medium: float, dense: float, reached: tuple[bool, ...]) -> None:
     found = table.goals(cells(medium, dense))
-    assert tuple(goal[2] for goal in found) == reached
+    assert tuple(goal[2] for goal in found if goal[2] is not None) == reached
     assert "PTQ-4b" in found[0][1]
     assert "0.70 of its p50" in found[0][1]
 

@@ -94,15 +94,16 @@ def read_glue(path: Path, length: int) -> tuple[tuple[Part, Part, Part], int]:
     data = datasets.load_from_disk(str(path))
     columns = [name for name in data["train"].column_names if name not in ("label", "idx")]
 
-    def part(rows: Any) -> Part:
-        joined = [" ".join(row[name] for name in columns).encode()[:length].ljust(length, b"\0") for row in rows]
+    def part(split: str) -> Part:
+        sentences = zip(*(data[split][name] for name in columns), strict=True)
+        joined = [" ".join(parts).encode()[:length].ljust(length, b"\0") for parts in sentences]
         ids = np.frombuffer(b"".join(joined), np.uint8).reshape(-1, length)
-        return ids.astype(np.int64), np.array(rows["label"], np.int64)
+        return ids.astype(np.int64), np.array(list(data[split]["label"]), np.int64)
 
-    train = data["train"].shuffle(seed=0)
-    eighth = len(train) // 8
-    parts = train.select(range(eighth, len(train))), train.select(range(eighth)), data["validation"]
-    return (part(parts[0]), part(parts[1]), part(parts[2])), len(set(data["train"]["label"]))
+    (x, y), test = part("train"), part("validation")
+    order = np.random.default_rng(0).permutation(len(y))
+    held, kept = order[: len(y) // 8], order[len(y) // 8 :]
+    return ((x[kept], y[kept]), (x[held], y[held]), test), len(np.unique(y))
 
 
 def image_folders(path: Path, side: int) -> tuple[Any, Any, Any]:

@@ -23,7 +23,9 @@ BASELINES = {
     "ptq4": Baseline("PTQ-4b", quantized.ptq(4), "rounded after training; dense, weights of 4 bits"),
     "qat8": Baseline("QAT-8b", quantized.qat8, "trained through the rounding; dense int8"),
     "mp_qat": Baseline(
-        "MP-QAT", quantized.mixed_precision, "4 or 8 bits a layer by sensitivity, 5 in the mean, then QAT; dense"
+        "MP-QAT",
+        quantized.mixed_precision,
+        "4 or 8 bits a layer by sensitivity, at most 5 in the mean, then QAT; dense",
     ),
     "kd_ptq": Baseline(
         "KD-PTQ", quantized.distilled, "4 bits, fitted to the float32 model's outputs, no labels; dense"
