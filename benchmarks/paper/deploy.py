@@ -39,7 +39,9 @@ class Compressed:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def elastic_of(model: nn.Module, task: Task, rank_multiple: int = _NO_RANK, whitened: bool = False) -> Any:
+def elastic_of(
+    model: nn.Module, task: Task, rank_multiple: int = _NO_RANK, whitened: bool = False
+) -> ElasticGraphModule:
     """``model`` as every method deploys it: linear and convolution in integers, attention and residuals too."""
     calibration = task.calibration_inputs()
     config = Config(rank_multiple=rank_multiple)

@@ -1,6 +1,7 @@
 """``docs/paper.md`` from the cells: tables, what was aimed at and reached, and what the paper has beyond them."""
 
 from collections.abc import Iterable, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -86,7 +87,7 @@ def write_page(cells: Sequence[Cell], page: Path) -> None:
     parts = [_INTRO]
     for task in (*TITLES, *others):
         mine = [cell for cell in cells if cell["task"] == task]
-        parts += [f"## {TITLES.get(task, task)}\n", _table(task, mine), *_goals(mine), *_ablations(mine)]
+        parts += [f"## {TITLES.get(task, task)}\n", _table(task, mine), *_goals(mine), *_ablations(task, mine)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join([*parts, _steps(cells), _beyond()]), encoding="utf-8")
 
@@ -120,6 +121,7 @@ def _table(task: str, cells: list[Cell]) -> str:
     score = "perplexity" if _perplexity(cells) else "accuracy, %"
     heads = ("method", score, "p50", "p90", "batch", "size, kB", "of PTQ-8b", "drift", "certificate", "held")
     lines = [_line(*heads, "violations"), _line(*["---"] * 11)]
+    seeds = {cell["seed"] for cell in cells}
     labels = {baseline.label: name for name, baseline in BASELINES.items()}
     for label in [*labels, *(f"T3C {size}" for size in SIZES)]:
         found = rows.get(label, [])
@@ -127,14 +129,14 @@ def _table(task: str, cells: list[Cell]) -> str:
             method = labels.get(label, "t3c")
             lines.append(_line(label, f"`python -m benchmarks.paper --tasks {task} --methods {method}`", *[""] * 9))
             continue
-        ptq8 = _mean(rows.get("PTQ-8b", []), "size_kb")
-        size = _mean(found, "size_kb")
-        cut = [_cell(found, "score", "{:.2f}"), *(_cell(found, key, "{:.3f}") for key in ("p50", "p90", "batch_p50"))]
-        cut += [f"{size:.1f}", f"{size / ptq8:.2f}" if ptq8 and size else "", _cell(found, "drift", "{:.2f}")]
+        size, ptq8 = (_mean(of, "size_kb") for of in (found, rows.get("PTQ-8b", [])))
+        fewer = f" ({len(found)} of {len(seeds)} seeds)" if len(found) < len(seeds) else ""
+        cut = [_cell(found, "score", "{:.2f}") + fewer]
+        cut += [_cell(found, key, "{:.3f}") for key in ("p50", "p90", "batch_p50")]
+        cut += [f"{size:.1f}", "" if isnan(ptq8) else f"{size / ptq8:.2f}", _cell(found, "drift", "{:.2f}")]
         cut += [_cell(found, "bound", "{:.2f}"), _percent(found, "held"), _percent(found, "violations")]
         lines.append(_line(label, *cut))
     lines += ["", *(f"- **{b.label}**: {b.what}" for b in BASELINES.values()), ""]
-    seeds = {cell["seed"] for cell in cells}
     epochs = sorted({tuple(cell["epochs"]) for cell in cells})
     if epochs:
         lines.append(
@@ -197,10 +199,11 @@ def _goals(cells: list[Cell]) -> list[str]:
     return ["\n".join([_line("aim", "found", ""), _line(*["---"] * 3), *lines, ""])] if lines else []
 
 
-def _ablations(cells: list[Cell]) -> list[str]:
+def _ablations(task: str, cells: list[Cell]) -> list[str]:
     cells = [cell for cell in cells if cell["method"] in VARIANTS]
     if not any(cell["method"] != "t3c" for cell in cells):
-        return []
+        command = f"`{_COMMAND} --tasks {task} --seeds 1 --ablations`"
+        return [f"Without one of T3C's parts: {command}\n"]
     methods = {cell["method"] for cell in cells}
     seeds = set.intersection(*({c["seed"] for c in cells if c["method"] == method} for method in methods))
     lines = [f"Without one of T3C's parts (seeds {', '.join(map(str, sorted(seeds)))}): score, kB and certificate\n"]

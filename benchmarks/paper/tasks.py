@@ -7,7 +7,7 @@ import math
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,12 @@ class Batches:
     part: Dataset[Any]
     size: int
     augment: Callable[[Tensor], Tensor] | None = None
-    _loader: DataLoader[Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_loader", DataLoader(self.part, self.size, shuffle=True, drop_last=True))
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.part) // self.size  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in self._loader:
+        for x, y in DataLoader(self.part, self.size, shuffle=True, drop_last=True):
             yield (self.augment(x) if self.augment else x), y
 
 
@@ -160,12 +156,12 @@ def llama() -> nn.Module:
 
 
 def _classification(name: str, parts: tuple[files.Part, files.Part, files.Part], classes: int) -> Task:
-    return Task(name, "accuracy", partial(bert, classes), *map(_dataset, parts), 16, 5, 1, 1e-3, 2e-4)
+    return Task(name, "accuracy", partial(bert, classes), *map(_dataset, parts), 16, 6, 1, 1e-3, 2e-4)
 
 
 def _language(name: str, texts: tuple[bytes, bytes, bytes], most: int) -> Task:
     parts = [files.next_bytes(text, WINDOW, most // share) for text, share in zip(texts, (1, 8, 8), strict=True)]
-    return Task(name, "perplexity", llama, *map(_dataset, parts), 16, 4, 1, 3e-3, 5e-4)
+    return Task(name, "perplexity", llama, *map(_dataset, parts), 16, 5, 1, 3e-3, 5e-4)
 
 
 def _dataset(part: files.Part) -> TensorDataset:
@@ -174,13 +170,13 @@ def _dataset(part: files.Part) -> TensorDataset:
 
 def _text() -> Task:
     library = Path(sysconfig.get_path("stdlib"))
-    parts = files.package_windows([library / name for name in _PACKAGES], WINDOW, 300)
+    parts = files.package_windows([library / name for name in _PACKAGES], WINDOW, 200)
     return _classification("text", parts, len(_PACKAGES))
 
 
 def _lm() -> Task:
     texts = files.split_files(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
-    return _language("lm", texts, 2400)
+    return _language("lm", texts, 1600)
 
 
 def text_file_task(path: Path) -> Task:

@@ -31,10 +31,10 @@ BASELINES = {
         "KD-PTQ", quantized.distilled, "4 bits, fitted to the float32 model's outputs, no labels; dense"
     ),
     "magprune": Baseline(
-        "MagPrune", pruned.magnitude, "80% of weights gone, the smallest of all; int8, stored sparse, run dense"
+        "MagPrune", pruned.magnitude, "80% of all layers gone, the smallest weights; int8, stored sparse, run dense"
     ),
     "moveprune": Baseline(
-        "MovePrune", pruned.movement, "80% of weights gone, by movement; int8, stored sparse, run dense"
+        "MovePrune", pruned.movement, "80% of each layer gone, by movement; int8, stored sparse, run dense"
     ),
     "sparsegpt": Baseline(
         "SparseGPT", sparse_gpt.compress, "half the weights gone in one shot, the rest corrected; int8, run dense"

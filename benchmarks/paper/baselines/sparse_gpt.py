@@ -47,8 +47,7 @@ def _hessian(model: nn.Module, layer: nn.Module, calibration: list[tuple[Tensor]
 def columns(layer: nn.Module, x: Tensor) -> Tensor:
     """The rows [count, n] that the flattened weight [m, n] of ``layer`` is multiplied by."""
     if isinstance(layer, nn.Conv2d):
-        padding = layer.padding if isinstance(layer.padding, tuple) else layer._reversed_padding_repeated_twice[::-2]
-        unfolded = F.unfold(x, layer.kernel_size, layer.dilation, tuple(padding), layer.stride)
+        unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         return unfolded.transpose(1, 2).flatten(0, 1)
     return x.flatten(0, -2)
 
