@@ -29,24 +29,26 @@ from t3c_compile.passes.errors import T3CError
 # -- data ---------------------------------------------------------------------------------------------------------
 
 
-def test_package_windows_share_no_byte_and_leave_tests_out(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for name in ("one", "two"):
+def test_package_windows_share_no_words_and_leave_tests_out(tmp_path: Path) -> None:
+    # Words of one length, so that no cut is inside one, each there once: one seen in two parts would show.
+    known = [w for w in (f"word{i:04d}" for i in range(5000)) if files.words(w.encode())[0] > 1]
+    unique = list({int(files.words(w.encode())[0]): w for w in known}.values())[:960]
+    for index, name in enumerate(("one", "two")):
         (tmp_path / name / "tests").mkdir(parents=True)
-        # All windows differ, so one seen in two parts would show.
-        (tmp_path / name / "a.py").write_bytes(rng.integers(1, 200, 8000, np.uint8).tobytes())
-        (tmp_path / name / "tests" / "test_a.py").write_bytes(b"\xff" * 8000)
-    parts = files.package_windows([tmp_path / "one", tmp_path / "two"], 16, 80)
-    assert [len(x) for x, _ in parts] == [160, 20, 40]
+        (tmp_path / name / "a.py").write_text(" ".join(unique[480 * index :][:480]))
+        (tmp_path / name / "tests" / "test_a.py").write_text("never " * 500)
+    parts = files.package_windows([tmp_path / "one", tmp_path / "two"], 9, 40)
+    assert [x.shape[1] for x, _ in parts] == [9, 9, 9]
+    assert [len(y) for _, y in parts] == [80, 10, 12]
     assert all((np.bincount(y) == len(y) // 2).all() for _, y in parts)
-    seen = [{row.tobytes() for row in x} for x, _ in parts]
-    assert len(seen[0] | seen[1] | seen[2]) == 220
-    assert all((x != 255).all() for x, _ in parts)
-    source = (tmp_path / "two" / "a.py").read_bytes()
-    x, y = parts[0]
-    assert all(bytes(row.astype(np.uint8)) in source for row in x[y == 1])
+    assert all((x[:, 0] == 0).all() for x, _ in parts)
+    seen = [set(x[:, 1:].flatten().tolist()) for x, _ in parts]
+    assert [len(ids) for ids in seen] == [640, 80, 96]
+    assert len(seen[0] | seen[1] | seen[2]) == 816
+    second = set(files.words((tmp_path / "two" / "a.py").read_bytes()).tolist())
+    assert all(set(row[1:].tolist()) <= second for x, y in parts for row in x[y == 1])
     with pytest.raises(T3CError, match="no Python source"):
-        files.package_windows([tmp_path / "one" / "tests"], 16, 8)
+        files.package_windows([tmp_path / "one" / "tests"], 9, 8)
 
 
 def test_texts_from_a_folder_or_one_file(tmp_path: Path) -> None:

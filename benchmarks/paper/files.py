@@ -1,5 +1,7 @@
 """Data read from files: source text, plain text, image folders, and what Hugging Face's ``datasets`` wrote."""
 
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,22 @@ Array = np.ndarray[Any, Any]
 Part = tuple[Array, Array]
 """Inputs and labels, int64."""
 
+VOCABULARY = 1024
+_WORD = re.compile(rb"[^\W\d]\w{2,}")
 # Of every text: what trains, calibrates and tests, in this order, so that no byte is in two parts.
 _SHARES = (0.8, 0.9, 1.0)
 
 
-def windows(text: bytes, length: int, most: int) -> Array:
-    """At most ``most`` pieces of ``length`` bytes, evenly spread over ``text``, none overlapping: int64 [n, length]."""
-    count = len(text) // length
-    whole = np.frombuffer(text[: count * length], np.uint8).reshape(count, length)
+def windows(ids: Array, length: int, most: int) -> Array:
+    """At most ``most`` pieces of ``length`` of the tokens ``ids`` [n], evenly spread, none overlapping: int64."""
+    count = len(ids) // length
     chosen = np.linspace(0, count - 1, min(most, count)).round().astype(int)
-    return whole[chosen].astype(np.int64)
+    return ids[: count * length].reshape(count, length)[chosen].astype(np.int64)
+
+
+def words(text: bytes) -> Array:
+    """Words of three letters and more as ids from 1 to ``VOCABULARY`` - 1, by hash; 0 begins and fills."""
+    return np.array([1 + zlib.crc32(word) % (VOCABULARY - 1) for word in _WORD.findall(text)], np.int64)
 
 
 def _cut(text: bytes) -> list[bytes]:
@@ -39,17 +47,16 @@ def source(folder: Path) -> list[bytes]:
 
 
 def package_windows(folders: Sequence[Path], length: int, most: int) -> tuple[Part, Part, Part]:
-    """Which of ``folders`` a piece of source is from: training, calibration, test.
+    """Which of ``folders`` ``length`` tokens, a 0 and words of source, are from: training, calibration, test.
 
-    Each file is cut in three, so a part sees other bytes of the same files. ``most`` is a class's training pieces.
+    Each file is cut in three, so a part sees other words of the same files. ``most`` is a class's training pieces.
     """
     parts = []
     for index, limit in enumerate((most, most // 8, most // 4)):
-        by_class = [
-            windows(b"".join(_cut(text)[index] for text in source(folder)), length, limit) for folder in folders
-        ]
+        texts = [b"\n".join(_cut(text)[index] for text in source(folder)) for folder in folders]
+        by_class = [windows(words(text), length - 1, limit) for text in texts]
         labels = np.repeat(np.arange(len(folders)), [len(found) for found in by_class])
-        parts.append((np.concatenate(by_class), labels))
+        parts.append((np.pad(np.concatenate(by_class), ((0, 0), (1, 0))), labels))
     return parts[0], parts[1], parts[2]
 
 
@@ -78,14 +85,14 @@ def read_texts(path: Path) -> tuple[bytes, bytes, bytes]:
 
 def next_bytes(text: bytes, length: int, most: int) -> Part:
     """Pieces of ``length`` bytes, and for every byte the one after it."""
-    pieces = windows(text, length + 1, most)
+    pieces = windows(np.frombuffer(text, np.uint8), length + 1, most)
     if not len(pieces):
         raise T3CError(f"a text of {len(text)} bytes holds no piece of {length + 1}")
     return pieces[:, :-1].copy(), pieces[:, 1:].copy()
 
 
 def read_glue(path: Path, length: int) -> tuple[tuple[Part, Part, Part], int]:
-    """A data set of sentences (or pairs of them) and labels that ``datasets`` saved, as bytes cut or filled to
+    """A data set of sentences (or pairs of them) and labels that ``datasets`` saved: a 0 and words, cut or filled to
     ``length``. GLUE's test labels are not public: its validation split tests, and an eighth of training calibrates."""
     try:
         import datasets
@@ -96,9 +103,9 @@ def read_glue(path: Path, length: int) -> tuple[tuple[Part, Part, Part], int]:
 
     def part(split: str) -> Part:
         sentences = zip(*(data[split][name] for name in columns), strict=True)
-        joined = [" ".join(parts).encode()[:length].ljust(length, b"\0") for parts in sentences]
-        ids = np.frombuffer(b"".join(joined), np.uint8).reshape(-1, length)
-        return ids.astype(np.int64), np.array(list(data[split]["label"]), np.int64)
+        cut = [words(" ".join(parts).encode())[: length - 1] for parts in sentences]
+        ids = np.stack([np.pad(found, (1, length - 1 - len(found))) for found in cut])
+        return ids, np.array(list(data[split]["label"]), np.int64)
 
     (x, y), test = part("train"), part("validation")
     order = np.random.default_rng(0).permutation(len(y))

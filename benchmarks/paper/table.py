@@ -16,7 +16,7 @@ Row = dict[str, float]
 TITLES = {
     "digits_cnn": "Images: a convolutional network on scikit-learn's digits",
     "digits_vit": "Images: a vision transformer on scikit-learn's digits",
-    "text": "Text: a small BERT says which package of Python's library 128 bytes are from (8 packages)",
+    "text": "Text: a small BERT says which of 8 packages of Python's library 63 names are from",
     "lm": "Language: a small Llama over the bytes of Python's library",
 }
 
@@ -65,7 +65,7 @@ _BEYOND = (
         "GLUE: BERT, RoBERTa, DistilBERT",
         "`text`",
         '`pip install datasets`, and the set as `load_dataset("glue", "sst2").save_to_disk("sst2")` leaves it; '
-        "`{} --tasks glue --data sst2`. The model is the small BERT over bytes, not pre-trained",
+        "`{} --tasks glue --data sst2`. The model is the small BERT over hashed words, not pre-trained",
     ),
     (
         "WikiText-103: TinyLlama",

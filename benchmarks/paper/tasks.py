@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from benchmarks.paper import files
 
 ROOT = Path(__file__).resolve().parents[2]
-WINDOW = 128
-"""Bytes, and so tokens, of one text."""
+BYTES, WORDS = 128, 64
+"""Tokens of one text: bytes of a language model, words of a classifier."""
 _PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 
 
@@ -128,15 +128,15 @@ def _transformers() -> Any:
 
 
 def bert(classes: int) -> nn.Module:
-    """Two layers of BERT, 128 wide, over bytes."""
+    """Two layers of BERT, 128 wide, over hashed words."""
     transformers = _transformers()
     config = transformers.BertConfig(
-        vocab_size=256,
+        vocab_size=files.VOCABULARY,
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=512,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=WORDS,
         type_vocab_size=1,
         num_labels=classes,
         pad_token_id=None,
@@ -151,16 +151,16 @@ def llama() -> nn.Module:
 
     from examples.models.language import llama_config
 
-    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 352, "max_position_embeddings": WINDOW}
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 352, "max_position_embeddings": BYTES}
     return Logits(LlamaForCausalLM(llama_config(True, **sizes)))
 
 
 def _classification(name: str, parts: tuple[files.Part, files.Part, files.Part], classes: int) -> Task:
-    return Task(name, "accuracy", partial(bert, classes), *map(_dataset, parts), 16, 6, 1, 1e-3, 2e-4)
+    return Task(name, "accuracy", partial(bert, classes), *map(_dataset, parts), 16, 12, 2, 4e-4, 1e-4)
 
 
 def _language(name: str, texts: tuple[bytes, bytes, bytes], most: int) -> Task:
-    parts = [files.next_bytes(text, WINDOW, most // share) for text, share in zip(texts, (1, 8, 8), strict=True)]
+    parts = [files.next_bytes(text, BYTES, most // share) for text, share in zip(texts, (1, 8, 8), strict=True)]
     return Task(name, "perplexity", llama, *map(_dataset, parts), 16, 5, 1, 3e-3, 5e-4)
 
 
@@ -170,7 +170,7 @@ def _dataset(part: files.Part) -> TensorDataset:
 
 def _text() -> Task:
     library = Path(sysconfig.get_path("stdlib"))
-    parts = files.package_windows([library / name for name in _PACKAGES], WINDOW, 200)
+    parts = files.package_windows([library / name for name in _PACKAGES], WORDS, 400)
     return _classification("text", parts, len(_PACKAGES))
 
 
@@ -186,7 +186,7 @@ def text_file_task(path: Path) -> Task:
 
 def glue_task(path: Path) -> Task:
     """A sentence classification set that Hugging Face's ``datasets`` wrote to ``path``, for instance GLUE's SST-2."""
-    parts, classes = files.read_glue(path, WINDOW)
+    parts, classes = files.read_glue(path, WORDS)
     return _classification(f"glue-{path.name}", parts, classes)
 
 
