@@ -118,7 +118,7 @@ def test_transform_specialize_and_export(case: Case, exports: bool) -> None:
 
 
 @seed(SEED)
-@settings(_OPTIONS, max_examples=max(1, CASES // 60), phases=[Phase.generate])
+@settings(_OPTIONS, max_examples=max(1, CASES // 100), phases=[Phase.generate])
 @given(case=cases())
 def test_lower(case: Case, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two profiles, compiled for this machine, compute what their graphs compute in torch."""
