@@ -230,9 +230,8 @@ def _plain_cuda(name: str, generation: int) -> Target:
         raise UnknownTargetError(
             f"target {name}: the kernels multiply int8 on tensor cores as sm_{LEAST_CUDA} and later do; lower for a CPU"
         )
-    shipped = [
-        target for target in _shipped().values() if target.kind == "cuda" and target.host == _shipped()["x86_64-v3"]
-    ]
+    host = _shipped()["x86_64-v3"]
+    shipped = [target for target in _shipped().values() if target.kind == "cuda" and target.host == host]
     arch = f"sm_{generation}"
     known = next((target for target in shipped if target.tvm["arch"] == arch), shipped[0])
     roofline = f"{known.roofline} of {known.name}: nothing is known of a plain {arch}"

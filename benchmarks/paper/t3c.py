@@ -1,5 +1,7 @@
 """T3C: one checkpoint, five profiles; and the same without one of its parts."""
 
+import copy
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,9 +116,6 @@ def run(start: Start, variant: Variant, path: Path | None) -> dict[str, Any]:
 def steps(start: Start, rounds: int = 30) -> dict[str, float]:
     """Milliseconds of a training step, elastic with and without the certificate's term and plain, in turn on the same
     batches: medians, and their ratios."""
-    import copy
-    import time
-
     task = start.task
     elastic, target, controller, proxy, weights = prepared(start, VARIANTS["t3c"])
     plain = copy.deepcopy(start.model).train()

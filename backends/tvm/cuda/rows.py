@@ -14,20 +14,15 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.cuda.threads import exchange, for_each_thread, grid
 from t3c_compile.backends.tvm.kernels.emit import Index, ceil_div, float32, prim_func, product, static, when
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.rows import add, square_and_add
+from t3c_compile.backends.tvm.kernels.rows import add, number_of, square_and_add
 from t3c_compile.backends.tvm.kernels.vmath import Lanes
 from t3c_compile.passes.ops.float_math import PARTIAL_SUMS, fast_exp
 
 _ROWS = 8  # of a block
 _ONE = Lanes()
-LEAST = -3.4028234663852886e38
 
 Lead = tuple[int | str, ...]
 Step = Callable[[Expr, Expr], Expr]
-
-
-def _number(count: Index) -> Expr:
-    return T.cast(count, "float32") if static(count) is None else T.float32(count)
 
 
 class Row:
@@ -105,7 +100,7 @@ def layer_norm(
 
         @for_each_row(rows, size)
         def _(row: Row, number: Index, there: Expr) -> None:
-            start, length = T.bind(number * size), _number(size)
+            start, length = T.bind(number * size), number_of(size)
             mean = T.bind(row.reduce(0.0, lambda i: x[start + i], add) / length)
 
             def centred(i: Index) -> Expr:
@@ -141,7 +136,7 @@ def rms_norm(lead: Lead, count: int | str, weight: bool, epsilon: float, finish:
         def _(row: Row, number: Index, there: Expr) -> None:
             start = T.bind(number * size)
             squares = row.reduce(0.0, lambda i: x[start + i], square_and_add)
-            gain = T.bind(T.float32(1.0) / T.sqrt(squares / _number(size) + float32(epsilon)))
+            gain = T.bind(T.float32(1.0) / T.sqrt(squares / number_of(size) + float32(epsilon)))
 
             def normalize(i: Index) -> None:
                 value = x[start + i] * gain
@@ -164,7 +159,7 @@ def mean(outer: Lead, reduced: Lead, inner: Lead) -> tvm.tirx.PrimFunc:
             @for_each_row(tasks, count)
             def _(row: Row, number: Index, there: Expr) -> None:
                 total = row.reduce(0.0, lambda i: x[number * count + i], add)
-                when(there, lambda: T.buffer_store(y, total / _number(count), [number]))
+                when(there, lambda: T.buffer_store(y, total / number_of(count), [number]))
 
         else:
 
@@ -184,6 +179,6 @@ def mean(outer: Lead, reduced: Lead, inner: Lead) -> tvm.tirx.PrimFunc:
                 while len(values) > 1:
                     half = len(values) // 2
                     values = [T.bind(a + b) for a, b in zip(values[:half], values[half:], strict=True)]
-                T.buffer_store(y, values[0] / _number(count), [task])
+                T.buffer_store(y, values[0] / number_of(count), [task])
 
     return function.func

@@ -37,7 +37,7 @@ from t3c_compile.passes.ops.float_math import PARTIAL_SUMS
 
 _WIDE = PARTIAL_SUMS
 _INFINITY = float("inf")
-_LEAST = -3.4028234663852886e38
+LEAST = -3.4028234663852886e38  # finite, so that a row without a key has no inf - inf
 
 
 # Rows a task of integers takes: what it packs once is paid back by more of them.
@@ -164,7 +164,7 @@ class _Attention:
         start = T.bind(r * (blocks * _WIDE))
         end = T.bind(T.min(self.key_count, token + 1)) if self.spec.causal else self.key_count
         best = T.alloc_buffer((_WIDE,), "float32")
-        store(best, 0, fill(float32(_LEAST), _WIDE), _WIDE)
+        store(best, 0, fill(float32(LEAST), _WIDE), _WIDE)
         nothing = float32(-_INFINITY)
         with T.serial(0, seen) as block:
             at = T.bind(start + block * _WIDE)

@@ -43,7 +43,8 @@ def square_and_add(total: Expr, value: Expr) -> Expr:
     return T.fma(value, value, total)
 
 
-def _number(count: Index) -> Expr:
+def number_of(count: Index) -> Expr:
+    """``count`` as float32."""
     return T.cast(count, "float32") if static(count) is None else T.float32(count)
 
 
@@ -139,7 +140,7 @@ def layer_norm(
 
         @for_each(rows, product((rows, size, 4)))
         def _(row: Index) -> None:
-            start, number = T.bind(row * size), _number(size)
+            start, number = T.bind(row * size), number_of(size)
             mean = T.bind(reduce_row(size, 0.0, lambda i, n: load(x, start + i, n), add) / number)
 
             def centred(i: Index, n: int) -> Expr:
@@ -178,7 +179,7 @@ def rms_norm(
         def _(row: Index) -> None:
             start = T.bind(row * size)
             squares = reduce_row(size, 0.0, lambda i, n: T.bind(load(x, start + i, n)), square_and_add)
-            gain = T.bind(T.float32(1.0) / T.sqrt(squares / _number(size) + float32(epsilon)))
+            gain = T.bind(T.float32(1.0) / T.sqrt(squares / number_of(size) + float32(epsilon)))
 
             def normalize(i: Index, n: int) -> None:
                 value = load(x, start + i, n) * fill(gain, n)
@@ -203,7 +204,7 @@ def mean(
         def _(task: Index) -> None:
             if static(columns) == 1:
                 total = reduce_row(count, 0.0, lambda i, n: load(x, task * count + i, n), add)
-                T.buffer_store(y, total / _number(count), [task])
+                T.buffer_store(y, total / number_of(count), [task])
             else:
                 chunks(columns, isa.lanes, lambda i, n: _mean_of_columns(x, y, task, count, columns, i, n))
 
@@ -232,4 +233,4 @@ def _mean_of_columns(x: Buffer, y: Buffer, task: Index, count: Index, columns: I
     while len(values) > 1:
         half = len(values) // 2
         values = [T.bind(a + b) for a, b in zip(values[:half], values[half:], strict=True)]
-    store(y, task * columns + column, values[0] / fill(_number(count), n), n)
+    store(y, task * columns + column, values[0] / fill(number_of(count), n), n)
