@@ -1,6 +1,8 @@
 """Chains: each layer's options in order, on a grid of ranks and widths."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from t3c_compile.cost import layer_cost
 from t3c_compile.passes.elastic import ElasticLayer, elastic_layers
@@ -26,14 +28,14 @@ class Grid:
         return Grid(multiple, tuple(b for b in self.bits if b in other.bits))
 
 
-def layer_chain(layer: ElasticLayer, grid: Grid) -> tuple[Option, ...]:
+def layer_chain(layer: ElasticLayer, grid: Grid, pays: Callable[[int], bool] | None = None) -> tuple[Option, ...]:
     """A layer's options from least to greatest, widths tied to rank (paper, section 3.2).
 
-    Ranks are those whose factors cost fewer multiply-adds than the dense product; when none is, the layer is dense at
-    every width. Each rank has the width of its place in the ladder, and the last rank goes on to the greatest width, so
-    each option is no lower than the one before.
+    Ranks are those whose factors cost fewer multiply-adds than the dense product and for which ``pays`` is true; when
+    none is, the layer is dense at every width. Each rank has the width of its place in the ladder, and the last rank
+    goes on to the greatest width, so each option is no lower than the one before.
     """
-    ranks = paying_ranks(layer, grid)
+    ranks = [rank for rank in paying_ranks(layer, grid) if pays is None or pays(rank)]
     if not ranks:
         return tuple(Option("dense", 0, bits) for bits in grid.bits)
     places = [min(len(grid.bits) - 1, i * len(grid.bits) // len(ranks)) for i in range(len(ranks))]
@@ -54,6 +56,11 @@ def paying_ranks(layer: ElasticLayer, grid: Grid) -> list[int]:
     return paying[::-step][::-1]
 
 
-def chains(elastic: ElasticGraphModule, grid: Grid) -> dict[str, tuple[Option, ...]]:
-    """The chain of every elastic layer."""
-    return {name: layer_chain(layer, grid) for name, layer in elastic_layers(elastic)}
+def chains(
+    elastic: ElasticGraphModule, grid: Grid, pays: Callable[[str, int], bool] | None = None
+) -> dict[str, tuple[Option, ...]]:
+    """The chain of every elastic layer; ``pays(layer, rank)`` as for :func:`layer_chain`."""
+    return {
+        name: layer_chain(layer, grid, None if pays is None else partial(pays, name))
+        for name, layer in elastic_layers(elastic)
+    }

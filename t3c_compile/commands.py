@@ -75,7 +75,9 @@ def lower(arguments: argparse.Namespace) -> None:
     targets = [get_target(name) for name in arguments.target]
     output = Path(arguments.output)
     require_free(output)
-    checkpoint, profiles = _snap(arguments, targets)
+    if arguments.records is not None and not Path(arguments.records).is_file():
+        raise T3CError(f"there are no records at {arguments.records}: `t3c-compile tune` writes them")
+    checkpoint, profiles = _snap(arguments, targets, measure=arguments.records is not None)
     inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
     records, key = arguments.records, arguments.sign
     lower(checkpoint.model, profiles, targets, output, inputs, progress=progress, records=records, key=key)
@@ -88,7 +90,7 @@ def tune(arguments: argparse.Namespace) -> None:
     target = get_target(arguments.target) if arguments.target else host_target()
     # What is wrong shows before the long work.
     open_records(_file(arguments.records), target, remote=bool(arguments.rpc or arguments.tracker))
-    checkpoint, profiles = _snap(arguments, [target])
+    checkpoint, profiles = _snap(arguments, [target], measure=True)
     rows = tune(
         checkpoint.model,
         profiles,
@@ -96,11 +98,7 @@ def tune(arguments: argparse.Namespace) -> None:
         arguments.records,
         checkpoint.example_inputs,
         minutes=0 if arguments.report else arguments.minutes,
-        threads=arguments.threads,
-        rpc=arguments.rpc or (),
-        tracker=arguments.tracker,
-        key=arguments.key,
-        progress=sys.stderr.isatty(),
+        **_devices(arguments),
     )
     show(f"kernels of all profiles, those with the most time first: {arguments.records}", rows, arguments.json)
 
@@ -243,8 +241,14 @@ def _file(path: str) -> Path:
     return final
 
 
-def _snap(arguments: argparse.Namespace, targets: list[Any]) -> tuple[Any, Any]:
-    """The checkpoint a command names, and its profiles."""
+def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What measures kernels, and how; of `lower`, which has no such options, this machine."""
+    chosen = {name: getattr(arguments, name, None) for name in ("threads", "rpc", "tracker", "key")}
+    return chosen | {"rpc": chosen["rpc"] or (), "key": chosen["key"] or "", "progress": sys.stderr.isatty()}
+
+
+def _snap(arguments: argparse.Namespace, targets: list[Any], measure: bool = False) -> tuple[Any, Any]:
+    """The checkpoint a command names, and its profiles; ``measure``: by the times in ``--records``."""
     if arguments.data is None:
         raise T3CError(f"{arguments.command} needs --data to calibrate activations and certificates: {DATA_HELP}")
     from t3c_compile.loading import calibration_of
@@ -252,13 +256,39 @@ def _snap(arguments: argparse.Namespace, targets: list[Any]) -> tuple[Any, Any]:
 
     checkpoint = _load(arguments)
     calibration, labels = calibration_of(arguments.data)
-    progress = sys.stderr.isatty()
+    times, notes = _times(arguments, checkpoint.model, calibration[0], targets) if measure else ({}, [])
     profiles = snap(
-        checkpoint.model, calibration, targets, labels, checkpoint.controller, arguments.profiles, progress=progress
+        checkpoint.model,
+        calibration,
+        targets,
+        labels,
+        checkpoint.controller,
+        arguments.profiles,
+        times=times,
+        progress=sys.stderr.isatty(),
     )
-    for note in () if arguments.json else profiles.notes:
+    for note in () if arguments.json else (*notes, *profiles.notes):
         print(note)
     return checkpoint, profiles
+
+
+def _times(
+    arguments: argparse.Namespace, model: Any, inputs: tuple[Any, ...], targets: list[Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """By target what every layer takes, and a note for each that cannot be measured."""
+    from t3c_compile.kernel_times import kernel_times
+    from t3c_compile.snapping import grid_of
+    from t3c_compile.tuning import TuningError
+
+    times, notes = {}, []
+    for target in targets:
+        try:
+            if target.kind == "cpu":
+                devices = _devices(arguments)
+                times[target.name] = kernel_times(model, grid_of(targets), target, arguments.records, inputs, **devices)
+        except TuningError as error:
+            notes.append(f"profiles are chosen without times on {target.name}: {error}")
+    return times, notes
 
 
 def _made_up(inputs: list[dict[str, Any]]) -> list[Any]:

@@ -1,10 +1,11 @@
 """What a layer costs, as sympy expressions in (rank, bits): printed in reports, lambdified for the budget loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 
@@ -116,8 +117,36 @@ def roofline(macs: Any, size: Any, target: Target, read: float = 1.0, floats: bo
     return Cost(size, 1e3 * max(arithmetic, memory), energy)
 
 
-def option_costs(layer: ElasticLayer, options: Sequence[Option], target: Target) -> list[Cost]:
-    """Roofline cost of one layer at each of ``options``; at 32 bits it is deployed dense."""
+@dataclass(frozen=True)
+class LayerTimes:
+    """Milliseconds of one layer for one sample: ``dense``, and those at ``ranks`` (rising; none: dense alone)."""
+
+    dense: float
+    ranks: tuple[int, ...] = ()
+    factorized: tuple[float, ...] = ()
+
+    def at(self, rank: int) -> float:
+        """Milliseconds at ``rank``, 0 for dense; between measured ranks on a line, and never falling."""
+        if rank == 0:
+            return self.dense
+        return float(np.interp(rank, self.ranks, np.maximum.accumulate(self.factorized)))
+
+    def pays(self, rank: int) -> bool:
+        """Whether the factors are faster than the dense product."""
+        return self.at(rank) < self.dense
+
+
+Times = dict[str, LayerTimes]
+"""By layer; tables and weight-only layers are not there."""
+
+
+def option_costs(
+    layer: ElasticLayer, options: Sequence[Option], target: Target, times: LayerTimes | None = None
+) -> list[Cost]:
+    """Cost of one layer at each of ``options``; at 32 bits it is deployed dense.
+
+    By the roofline, but for integers the latency is that of ``times`` where they are known.
+    """
     forms = ["dense" if option.bits == 32 else option.form for option in options]
     formulas = {form: layer_cost(layer, form) for form in set(forms)}
     costs = []
@@ -125,7 +154,10 @@ def option_costs(layer: ElasticLayer, options: Sequence[Option], target: Target)
         formula = formulas[form]
         macs, size = formula.at(option.rank, option.bits)
         floats = formula.floats or option.bits == 32
-        costs.append(roofline(float(macs), float(size), target, formula.read, floats))
+        cost = roofline(float(macs), float(size), target, formula.read, floats)
+        if times is not None and not floats:
+            cost = replace(cost, latency_ms=times.at(option.rank))
+        costs.append(cost)
     return costs
 
 
@@ -135,11 +167,13 @@ def kept_bytes(elastic: ElasticGraphModule) -> int:
     return sum(4 * p.numel() for p in elastic.parameters() if id(p) not in owned)
 
 
-def profile_cost(elastic: ElasticGraphModule, options: Mapping[str, Option], target: Target) -> Cost:
-    """Roofline cost of a profile: its layers and the parameters every profile carries."""
+def profile_cost(
+    elastic: ElasticGraphModule, options: Mapping[str, Option], target: Target, times: Times | None = None
+) -> Cost:
+    """Cost of a profile: its layers, as :func:`option_costs` has it, and the parameters every profile carries."""
     total = Cost(kept_bytes(elastic), 0.0, 0.0)
     for name, layer in elastic_layers(elastic):
-        total = total + option_costs(layer, [options[name]], target)[0]
+        total = total + option_costs(layer, [options[name]], target, (times or {}).get(name))[0]
     return total
 
 

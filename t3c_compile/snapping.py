@@ -11,7 +11,7 @@ from torch import Tensor
 from t3c_compile.backends.targets import OWN_TARGETS, Target
 from t3c_compile.certificate import SpectralProxy, certified_drift, logits_of, observed_drifts
 from t3c_compile.chain import Grid, chains
-from t3c_compile.cost import Cost, kept_bytes, option_costs, profile_cost
+from t3c_compile.cost import Cost, Times, kept_bytes, option_costs, profile_cost
 from t3c_compile.energy import MODELLED
 from t3c_compile.groups import Groups, group_top, layer_groups, member_levels
 from t3c_compile.memory import activation_bytes, fits, require_fit
@@ -61,6 +61,7 @@ def snap(
     controller: OrderedPolicy | None = None,
     count: int = 8,
     full_model: bool = False,
+    times: Mapping[str, Times] | None = None,
     progress: bool = False,
 ) -> ProfileSet:
     """Nested profiles of ``model`` on the grid its targets share.
@@ -72,10 +73,13 @@ def snap(
     those kept are tried in its place. Activations are int8 but where ``model.set_activation_dtype("float32")`` was
     called before: then linear layers are weight-only in all profiles.
 
+    With ``times`` no layer has a rank at which it is slower than dense, and a layer that is so at all of them is dense.
+
     Args:
         calibration: input tuples, also used to set each profile's activation ranges.
         labels: class indices of all calibration samples in order (of all tokens, for a language model), for accuracy.
         full_model: add the full model in float32 as the greatest profile. Its weights are stored beside the integers.
+        times: by target, what its layers take (:func:`t3c_compile.kernel_times.kernel_times`); else the roofline says.
 
     Profiles that do not fit into the memory of every target are left out, which the notes say.
 
@@ -89,8 +93,10 @@ def snap(
         raise T3CError(f"count={count}: snap makes at least one profile")
     training = model.training
     model.eval()
-    grid = grid_of(targets)
-    ladder = chains(model, grid)
+    grid, known = grid_of(targets), dict(times or {})
+    ladder = chains(
+        model, grid, lambda name, rank: all(found[name].pays(rank) for found in known.values() if name in found)
+    )
     if not full_model and all(len(chain) == 1 for chain in ladder.values()):
         raise T3CError(
             f"the grid of {', '.join(t.name for t in targets)} (ranks that are multiples of {grid.rank_multiple}, "
@@ -110,7 +116,7 @@ def snap(
                 for name in bar.track(list(ladder), description="errors of the layers")
             }
     if controller is None:
-        path, order = _greedy_path(model, ladder, errors, targets[0]), "certified error saved per cost"
+        path, order = _greedy_path(model, ladder, errors, targets[0], known), "certified error saved per cost"
     else:
         path, order = _controller_path(controller, ladder, layer_groups(model)), "controller"
     sizes = _sizes(model, ladder, path, targets[0])
@@ -124,7 +130,7 @@ def snap(
 
         def measure(chosen: list[dict[str, Option]]) -> list[Profile]:
             return [
-                _measure(model, options, calibration, full, labels, proxy, errors, targets)
+                _measure(model, options, calibration, full, labels, proxy, errors, targets, known)
                 for options in bar.track(chosen, description="profiles")
             ]
 
@@ -164,11 +170,13 @@ def _greedy_path(
     ladder: Mapping[str, tuple[Option, ...]],
     errors: Mapping[str, Mapping[Option, float]],
     target: Target,
+    times: Mapping[str, Times],
 ) -> list[Levels]:
     """From all-least to all-greatest, one upgrade a step, from a table of errors and costs."""
-    layers = dict(elastic_layers(model))
+    layers, known = dict(elastic_layers(model)), times.get(target.name, {})
     costs = {
-        name: [_scalar(cost, target) for cost in option_costs(layers[name], ladder[name], target)] for name in ladder
+        name: [_scalar(cost, target) for cost in option_costs(layers[name], ladder[name], target, known.get(name))]
+        for name in ladder
     }
 
     def worth(group: tuple[str, ...], level: int) -> float:
@@ -215,7 +223,7 @@ def _level_of(option: Option, chain: tuple[Option, ...]) -> int:
 
 
 def _scalar(cost: Cost, target: Target) -> float:
-    """One number to divide by: microseconds of arithmetic or memory at the roofline, plus the bytes at memory speed."""
+    """One number to divide by: microseconds, measured or at the roofline, plus the bytes at memory speed."""
     return 1e3 * cost.latency_ms + cost.size_bytes / (target.bandwidth_gbps * 1e3)
 
 
@@ -276,6 +284,7 @@ def _measure(
     proxy: SpectralProxy,
     errors: Mapping[str, Mapping[Option, float]],
     targets: Sequence[Target],
+    times: Mapping[str, Times],
 ) -> Profile:
     model.set_options(options)
     observe(model, calibration)
@@ -285,12 +294,13 @@ def _measure(
     costs: dict[str, dict[str, Any]] = {}
     size = 0.0
     for target in targets:
-        cost = profile_cost(model, options, target)
+        known = times.get(target.name)
+        cost = profile_cost(model, options, target, known)
         size = cost.size_bytes
         costs[target.name] = {
             "latency_ms": cost.latency_ms,
             "energy_mj": cost.energy_mj,
-            "source": target.cost_source,
+            "source": "sum of the layers' kernels, measured" if known else target.cost_source,
             "energy_source": MODELLED,
         }
     bound, share = certified_drift(drifts)

@@ -198,6 +198,13 @@ def test_files_that_are_no_records_of_this_machine(tmp_path: Path) -> None:
         Tuned(TARGET, tmp_path / "gone.jsonl")
 
 
+def test_sizes_in_expressions_are_measured_whole() -> None:
+    """A batch joined with another dimension is one expression, and a kernel knows it by a name."""
+    workload = Workload(ISA, LinearSpec(("T.int64(7)*batch",), 16, 32, 8))
+    assert [shape for shape, _ in workload.arguments({"batch": 2})][::4] == [(14, 16), (14, 32)]
+    assert workload.operations({"batch": 2}) == 2 * 14 * 16 * 32
+
+
 def test_every_shipped_record_fits() -> None:
     for path in SHIPPED.glob("*.jsonl"):
         records, cpu = read(path)
@@ -365,8 +372,8 @@ def test_tune_goes_on_after_kill(
     path.write_bytes(before + b'{"key": "avx')
     before = before[: before.rfind(b"\n") + 1]
 
-    snapped = commands._snap(build_parser().parse_args(command), [TARGET])
-    monkeypatch.setattr(commands, "_snap", lambda *_: snapped)
+    snapped = commands._snap(build_parser().parse_args(command), [TARGET], measure=True)
+    monkeypatch.setattr(commands, "_snap", lambda *_, **__: snapped)
     assert main(command) == 0
     rows = json.loads(capsys.readouterr().out)
     after = path.read_bytes()
@@ -374,7 +381,8 @@ def test_tune_goes_on_after_kill(
     assert len(after) > len(before)
     records = [record for group in read(path)[0].values() for record in group]
     assert len({(record.key, record.tiles) for record in records}) == len(records)
-    assert {row["kernel"] for row in rows} == {record.key for record in records}
+    # The others are layers at ranks that no profile has: the profiles were chosen by their times.
+    assert {row["kernel"] for row in rows} < {record.key for record in records}
     assert all(row["us"] > 0 and row["gops"] > 0 and row["of_peak"] > 0 for row in rows)
     assert all((row["tiles"] is None) == (row["from"] == "default") for row in rows)
 

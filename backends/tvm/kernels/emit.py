@@ -40,6 +40,11 @@ def prim_func(name: str, tiles: Tiles = ()) -> Iterator["Function"]:
     result.func = builder.get()
 
 
+def symbol_name(size: str) -> str:
+    """What a symbolic size is called in a kernel: an expression becomes a name that C has, too."""
+    return re.sub(r"\W+", "_", size)
+
+
 class Function:
     """The PrimFunc under construction. Shapes are ints, or names of symbolic dimensions."""
 
@@ -49,10 +54,10 @@ class Function:
         self._symbols: dict[str, tvm.tirx.Var] = {}
 
     def dims(self, shape: Shape) -> list[Index]:
-        """``shape`` with a TIR variable for each name; one that is an expression becomes a name that C has, too."""
+        """``shape`` with a TIR variable for each name."""
 
         def variable(name: str) -> tvm.tirx.Var:
-            return self._symbols.setdefault(name, tvm.tirx.Var(re.sub(r"\W+", "_", name), "int64"))
+            return self._symbols.setdefault(name, tvm.tirx.Var(symbol_name(name), "int64"))
 
         return [variable(d) if isinstance(d, str) else d for d in shape]
 

@@ -9,6 +9,7 @@ import sympy
 import tvm
 
 from t3c_compile.backends.tvm.kernels.conv import ChainSpec, ConvSpec, conv_chain, every_pixel, int8_conv2d
+from t3c_compile.backends.tvm.kernels.emit import symbol_name
 from t3c_compile.backends.tvm.kernels.gemm import default_tile
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear, svd_linear
@@ -102,11 +103,10 @@ class Workload:
 
     def arguments(self, sizes: Sizes) -> list[tuple[tuple[int, ...], str]]:
         """Shape and dtype of each argument and result."""
+        free = self.spec.lead if isinstance(self.spec, LinearSpec) else (self.spec.batch,)
+        known = {symbol_name(size): _size(size, sizes) for size in free if isinstance(size, str)}
         return [
-            (
-                tuple(_size(d.name if isinstance(d, tvm.tirx.Var) else int(d.value), sizes) for d in p.shape),
-                str(p.dtype),
-            )
+            (tuple(known[d.name] if isinstance(d, tvm.tirx.Var) else int(d.value) for d in p.shape), str(p.dtype))
             for p in self.kernel().params
         ]
 
