@@ -126,10 +126,14 @@ class LayerTimes:
     factorized: tuple[float, ...] = ()
 
     def at(self, rank: int) -> float:
-        """Milliseconds at ``rank``, 0 for dense; between measured ranks on a line, and never falling."""
+        """Milliseconds at ``rank``, 0 for dense; between measured ranks on a line, and never falling.
+
+        Where a greater rank took less, other programs had a part in the lesser one's time: they only add to it.
+        """
         if rank == 0:
             return self.dense
-        return float(np.interp(rank, self.ranks, np.maximum.accumulate(self.factorized)))
+        rising = np.minimum.accumulate(self.factorized[::-1])[::-1]
+        return float(np.interp(rank, self.ranks, rising))
 
     def pays(self, rank: int) -> bool:
         """Whether the factors are faster than the dense product."""
