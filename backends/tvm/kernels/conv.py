@@ -15,10 +15,10 @@ from t3c_compile.backends.tvm.kernels.depthwise import depthwise
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, Shape, prim_func, product
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows
+from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows, tile_for
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, words_of_conv, words_of_matrix
-from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles, tile_of
+from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.kernels.window import Images, Window
 
 # Channels up to which a kernel reads float32 planes itself: a pixel is one word.
@@ -133,7 +133,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         else:
             outputs, inputs = s.outputs // s.groups, s.channels // s.groups
             shape = Product(rows, outputs, inputs, inputs, zero_point, s.bits, s.groups)
-            multiply(isa, shape, images.rows(), weight, end, tile_of(tiles, 0))
+            multiply(isa, shape, images.rows(), weight, end, tile_for(isa, tiles, 0, (s.batch, w.pixels), outputs))
     return function.func
 
 
@@ -173,17 +173,18 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         if core is None:
             last = scratch_rows(isa, first.rows, k_in)
             to_h = middle(isa, last.buffer, last.place, k_in, mid_scale, x_to_h)
-            multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
+            multiply(isa, first, images.rows(), v, to_h, tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in))
         else:
             h = Images(isa, w, batch, k_in, 0, written=True)
             h.allocate()
             h.pad()
             to_h = middle(isa, h.buffer, h.at, k_in, mid_scale, x_to_h)
-            multiply(isa, first, images.rows(), v, to_h, tile_of(tiles, 0))
-            last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g, tile_of(tiles, 1))
+            multiply(isa, first, images.rows(), v, to_h, tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in))
+            last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g, tiles)
         rows = product((batch, w.pixels))
         end = chain_end(isa, writer, s.outputs, scale, gain, bias)
-        multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end, tile_of(tiles, -1))
+        tile = tile_for(isa, tiles, -1, (s.batch, w.pixels), s.outputs)
+        multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end, tile)
     return function.func
 
 
@@ -195,7 +196,7 @@ def _core(
     core: Buffer,
     core_scale: Buffer,
     h_to_g: Expr,
-    tile: Tile | None,
+    tiles: Tiles,
 ) -> Rows:
     """The middle stage: int8 ``h`` at the input's size through the window to int8 at the output's."""
     (r_in, r_out), rows = s.ranks, product((batch, s.window.pixels))
@@ -205,5 +206,6 @@ def _core(
     if s.form == "cp":
         depthwise(isa, rows, k_out, h, core, 0, s.bits, to_g)
     else:
+        tile = tile_for(isa, tiles, 1, (s.batch, s.window.pixels), k_out)
         multiply(isa, Product(rows, k_out, k_in, r_in, 0, s.bits), h, core, to_g, tile)
     return g

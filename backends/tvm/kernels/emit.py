@@ -5,11 +5,12 @@ left for a scheduler, and a kernel compiles in milliseconds.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
 import numpy as np
+import sympy
 import tvm
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -20,6 +21,8 @@ from t3c_compile.backends.tvm.kernels.tile import Tiles
 Buffer = Any  # a TIR buffer variable
 Index = Any  # an int or a TIR index expression
 Shape = Sequence[int | str]
+# The sizes of symbols in symbolic dimensions; of those not named, 1.
+Sizes = Mapping[str, int]
 
 # Rows of a product a task takes, so that what it sets up once for its columns is paid back.
 CHUNK_ROWS = 96
@@ -43,6 +46,19 @@ def prim_func(name: str, tiles: Tiles = ()) -> Iterator["Function"]:
 def symbol_name(size: str) -> str:
     """What a symbolic size is called in a kernel: an expression becomes a name that C has, too."""
     return re.sub(r"\W+", "_", size)
+
+
+def size_at(size: int | str, sizes: Sizes = {}) -> int:  # noqa: B006
+    """A dimension where its symbols have ``sizes``."""
+    if isinstance(size, int):
+        return size
+    expression = sympy.sympify(plain(size))
+    return int(expression.subs({symbol: sizes.get(str(symbol), 1) for symbol in expression.free_symbols}))
+
+
+def plain(expression: str) -> str:
+    """A TIR expression without the types of its constants."""
+    return re.sub(r"T\.int\d+\((-?\d+)\)", r"\1", expression)
 
 
 class Function:

@@ -6,9 +6,11 @@ carry an offset, each tile starts from ``-offset * sum(weights)``, summed once p
 that holds for any rank prefix and any width, and needs nothing stored.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -26,6 +28,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     int32,
     load,
     product,
+    size_at,
     static,
     store,
     top_bits,
@@ -33,7 +36,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
-from t3c_compile.backends.tvm.kernels.tile import Tile
+from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles
 
 # store(row, column, valid lanes, int32 sums)
 Epilogue = Callable[[Index, Index, int, Expr], None]
@@ -42,6 +45,7 @@ Place = Callable[[int, Index, Index], Index]
 
 _OPERANDS = 6  # registers that a turn's words of rows may take beside the accumulators, where it has several
 _LINE = 64  # bytes a cache line
+_SET_UP = 0.02  # of a product's work: what one more chunk of its rows costs, since each task sums up its weights
 _NEAR_BYTES = 1 << 13  # asking for a panel of this size costs more than waiting for it
 
 SPARE_ROWS = 16  # rows past the end that a tile may read
@@ -188,9 +192,8 @@ def row_sums(isa: Isa, cells: list[Buffer], row: int) -> Expr:
     return T.bind(T.Shuffle(sums, [c * isa.lanes + first + i for c in range(isa.height) for i in range(isa.columns)]))
 
 
-def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile | None = None) -> None:
+def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
     """Emit the product; ``epilogue`` gets each vector of ``sum((x - zero_point) * weight)``."""
-    tile = tile or default_tile(isa, p.rows, p.columns)
     width, chunk = tile.vectors * isa.lanes, tile.chunk
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
@@ -212,54 +215,59 @@ def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue,
             emit(width if whole else rest)
 
 
-def default_tile(isa: Isa, rows: Index, columns: int) -> Tile:
-    """The tile of a product that was not tuned."""
-    vectors = _vectors(isa, rows, columns)
-    return Tile(_height(isa, rows, vectors), vectors, _chunk(isa, rows, vectors))
+def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], columns: int) -> Tile:
+    """The tile of a kernel's product ``number``, of ``lead`` dimensions of rows: the tuned one, else the default."""
+    return tiles[number] if tiles else default_tile(isa, lead, columns)
 
 
-def _height(isa: Isa, rows: Index, vectors: int) -> int:
+def default_tile(isa: Isa, lead: Sequence[int | str], columns: int) -> Tile:
+    """The tile of a product that was not tuned. What is not known of its rows is taken for 1: a batch of one sample."""
+    rows, known = prod(size_at(size) for size in lead), all(isinstance(size, int) for size in lead)
+    vectors = min((4, 3, 2), key=partial(_work, isa, rows, columns)) if known and isa.registers >= 24 else isa.panel()
+    if rows == 1 and not known:
+        return Tile(_height(isa, None, vectors), vectors, CHUNK_ROWS)
+    panels, fewest = ceil_div(columns, vectors * isa.lanes), ceil_div(rows, CHUNK_ROWS)
+
+    def cost(parts: int) -> float:
+        return (1 + _SET_UP * (parts - fewest)) * _waiting(panels * parts)
+
+    parts = min(range(fewest, min(2 * fewest, rows) + 1), key=cost)
+    chunk = ceil_div(rows, parts)
+    height = _height(isa, chunk, vectors)
+    return Tile(height, vectors, ceil_div(chunk, height) * height)
+
+
+def _waiting(tasks: int) -> float:
+    """How much longer than their share tasks of one size take, in the mean over one and two threads."""
+    return (1 + ceil_div(tasks, 2) * 2 / tasks) / 2
+
+
+def _work(isa: Isa, rows: int, columns: int, vectors: int) -> float:
+    """Roughly what all tiles take, with the rows and columns that they compute and that are not there."""
+    whole, rest = divmod(ceil_div(columns, isa.lanes), vectors)
+    total = 0.0
+    for width, panels in ((vectors, whole), (rest, 1)):
+        if width and panels:
+            height = _height(isa, rows, width)
+            # A tile's products, and what it loads for them; words of two rows are joined in the products' units.
+            joins = height // isa.height if isa.height > 1 else 0
+            total += panels * ceil_div(rows, height) * (height * width + 0.1 * (height + width) + joins)
+    return total
+
+
+def _height(isa: Isa, rows: int | None, vectors: int) -> int:
     """Rows of a tile, chosen so that ``rows`` split evenly where they are few."""
-    most, count = min(12, isa.registers // vectors), static(rows)
+    most = min(12, isa.registers // vectors)
     if isa.turn > 1:
         # A register for each row besides.
         most = min(most, (isa.registers + _OPERANDS) // (vectors + 1))
     most = max(1, most // isa.height) * isa.height
-    return most if count is None or count > CHUNK_ROWS else whole_rows(isa, ceil_div(count, ceil_div(count, most)))
+    return most if rows is None or rows > CHUNK_ROWS else whole_rows(isa, ceil_div(rows, ceil_div(rows, most)))
 
 
 def whole_rows(isa: Isa, rows: int) -> int:
     """``rows`` of a tile, rounded up to those that fill registers of activations."""
     return ceil_div(rows, isa.height) * isa.height
-
-
-def _chunk(isa: Isa, rows: Index, vectors: int) -> int:
-    """Rows a task takes: at most about ``CHUNK_ROWS``, in whole tiles, equal for all tasks."""
-    count, height = static(rows), _height(isa, rows, vectors)
-    if count is None:
-        return CHUNK_ROWS
-    even = ceil_div(count, ceil_div(count, CHUNK_ROWS))
-    return ceil_div(even, height) * height
-
-
-def _vectors(isa: Isa, rows: Index, columns: int) -> int:
-    """Vectors of columns side by side: those that compute the fewest rows that are not there, else the most."""
-    count = static(rows)
-    if count is None or isa.registers < 24:
-        return isa.panel()
-
-    def cost(vectors: int) -> float:
-        whole, rest = divmod(ceil_div(columns, isa.lanes), vectors)
-        total = 0.0
-        for width, panels in ((vectors, whole), (rest, 1)):
-            if width and panels:
-                height = _height(isa, count, width)
-                # A tile's products, and what it loads for them; words of two rows are joined in the products' units.
-                joins = height // isa.height if isa.height > 1 else 0
-                total += panels * ceil_div(count, height) * (height * width + 0.1 * (height + width) + joins)
-        return total
-
-    return min((4, 3, 2), key=cost)
 
 
 def _fetch(weights: Buffer, panel: tuple[Index, int], line: Index) -> None:
@@ -371,4 +379,4 @@ def _panel(
                 when(True if always else row + r < last, finish)
 
     # The last panel may be narrower than the others.
-    by_rows(p.rows, tile.rows if vectors == tile.vectors else _height(isa, p.rows, vectors), sweep)
+    by_rows(p.rows, tile.rows if vectors == tile.vectors else _height(isa, count, vectors), sweep)

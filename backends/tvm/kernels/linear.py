@@ -9,10 +9,10 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.kernels.emit import prim_func
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import Product, multiply, prepare_rows, scratch_rows
+from t3c_compile.backends.tvm.kernels.gemm import Product, multiply, prepare_rows, scratch_rows, tile_for
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.pack import words_of_matrix
-from t3c_compile.backends.tvm.kernels.tile import Tiles, tile_of
+from t3c_compile.backends.tvm.kernels.tile import Tiles
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc
         writer = Writer(s.finish, ends)
         activations = prepare_rows(isa, x, rows, s.inputs)
         shape = Product(rows, s.outputs, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(
-            isa, shape, activations, weight, dense(isa, writer, s.outputs, x_scale, scale, bias), tile_of(tiles, 0)
-        )
+        tile = tile_for(isa, tiles, 0, s.lead, s.outputs)
+        multiply(isa, shape, activations, weight, dense(isa, writer, s.outputs, x_scale, scale, bias), tile)
     return function.func
 
 
@@ -82,7 +81,9 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         writer = Writer(s.finish, ends)
         activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(isa, rows, s.rank)
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
-        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, s.rank, mid_scale, to_h), tile_of(tiles, 0))
+        tile = tile_for(isa, tiles, 0, s.lead, s.rank)
+        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, s.rank, mid_scale, to_h), tile)
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
-        multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile_of(tiles, 1))
+        tile = tile_for(isa, tiles, 1, s.lead, s.outputs)
+        multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile)
     return function.func

@@ -17,8 +17,3 @@ class Tile:
 
 # One for each product of a kernel that has a choice, in order; none for the defaults.
 Tiles = tuple[Tile, ...]
-
-
-def tile_of(tiles: Tiles, number: int) -> Tile | None:
-    """The tile of a kernel's product ``number``; None for the default."""
-    return tiles[number] if tiles else None

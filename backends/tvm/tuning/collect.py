@@ -6,10 +6,11 @@ from collections.abc import Mapping
 import torch
 
 from t3c_compile.backends.tvm.convert import CONVERTERS
+from t3c_compile.backends.tvm.kernels.emit import Sizes
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.lowering import Lowering
 from t3c_compile.backends.tvm.prepare import prepare
-from t3c_compile.backends.tvm.tuning.workload import Sizes, Workload
+from t3c_compile.backends.tvm.tuning.workload import Workload
 
 
 def workloads_of(programs: Mapping[str, torch.export.ExportedProgram], isa: Isa) -> Counter[Workload]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from t3c_compile.backends.targets import Target
+from t3c_compile.backends.tvm.kernels.emit import Sizes
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.tuning.peak import peak, peak_arguments, peak_operations
 from t3c_compile.backends.tvm.tuning.records import KEPT_BELOW, Record, RecordsFile, best
 from t3c_compile.backends.tvm.tuning.runner import DeviceError, Runner
-from t3c_compile.backends.tvm.tuning.workload import Sizes, Workload
+from t3c_compile.backends.tvm.tuning.workload import Workload
 
 _log = logging.getLogger(__name__)
 

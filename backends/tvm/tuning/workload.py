@@ -1,23 +1,19 @@
 """What is tuned: a kernel by its template and shape, whatever profile or layer calls it."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-import sympy
 import tvm
 
 from t3c_compile.backends.tvm.kernels.conv import ChainSpec, ConvSpec, conv_chain, every_pixel, int8_conv2d
-from t3c_compile.backends.tvm.kernels.emit import symbol_name
+from t3c_compile.backends.tvm.kernels.emit import Sizes, plain, size_at, symbol_name
 from t3c_compile.backends.tvm.kernels.gemm import default_tile
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear, svd_linear
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.tuning.products import TiledProduct
 
-# The sizes of symbols in symbolic dimensions, as they are measured; of those not named, 1.
-Sizes = Mapping[str, int]
 Spec = LinearSpec | ConvSpec | ChainSpec
 
 
@@ -88,35 +84,25 @@ class Workload:
     def _product(
         self, sizes: Sizes, lead: tuple[int | str, ...], inputs: int, outputs: int, taps: int = 1, groups: int = 1
     ) -> TiledProduct:
-        known = all(isinstance(size, int) for size in lead)
-        rows = prod(_size(size, sizes) for size in lead)
-        default = default_tile(self.isa, rows if known else tvm.tirx.Var("rows", "int64"), outputs)
-        return TiledProduct(self.isa, default, rows, outputs, inputs, taps, groups)
+        rows = prod(size_at(size, sizes) for size in lead)
+        return TiledProduct(self.isa, default_tile(self.isa, lead, outputs), rows, outputs, inputs, taps, groups)
 
     def operations(self, sizes: Sizes) -> int:
         """Multiplications and additions of a call."""
         s, total = self.spec, sum(product.multiply_adds for product in self.products(sizes))
         if (isinstance(s, ConvSpec) and s.is_depthwise) or (isinstance(s, ChainSpec) and s.form == "cp"):
             channels = s.channels if isinstance(s, ConvSpec) else s.rank
-            total += _size(s.batch, sizes) * s.window.pixels * channels * s.window.kernel[0] * s.window.kernel[1]
+            total += size_at(s.batch, sizes) * s.window.pixels * channels * s.window.kernel[0] * s.window.kernel[1]
         return 2 * total
 
     def arguments(self, sizes: Sizes) -> list[tuple[tuple[int, ...], str]]:
         """Shape and dtype of each argument and result."""
         free = self.spec.lead if isinstance(self.spec, LinearSpec) else (self.spec.batch,)
-        known = {symbol_name(size): _size(size, sizes) for size in free if isinstance(size, str)}
+        known = {symbol_name(size): size_at(size, sizes) for size in free if isinstance(size, str)}
         return [
             (tuple(known[d.name] if isinstance(d, tvm.tirx.Var) else int(d.value) for d in p.shape), str(p.dtype))
             for p in self.kernel().params
         ]
-
-
-def _size(size: int | str, sizes: Sizes) -> int:
-    """A dimension as it is measured; a symbolic one is an expression of symbols."""
-    if isinstance(size, int):
-        return size
-    expression = sympy.sympify(_plain(size))
-    return int(expression.subs({symbol: sizes.get(str(symbol), 1) for symbol in expression.free_symbols}))
 
 
 def _key_of(*dims: int | str) -> str:
@@ -126,10 +112,5 @@ def _key_of(*dims: int | str) -> str:
         if isinstance(size, int):
             known *= size
         else:
-            names.append(re.sub(r"[A-Za-z_]\w*", "n", _plain(size)).replace(" ", ""))
+            names.append(re.sub(r"[A-Za-z_]\w*", "n", plain(size)).replace(" ", ""))
     return "*".join([*names, str(known)] if known > 1 or not names else names)
-
-
-def _plain(expression: str) -> str:
-    """A TIR expression without the types of its constants."""
-    return re.sub(r"T\.int\d+\((-?\d+)\)", r"\1", expression)
