@@ -2,9 +2,9 @@
 
 Each kernel is compiled for its target, and each loop that fills a register tile is given to ``llvm-mca`` (LLVM 17 or
 later; Debian: ``apt-get install llvm-19``), which simulates it by the scheduling model LLVM has of a core, all data in
-the first-level cache. Against the loop's cycles stands what the model allows its sdot or smmla alone; ``tile`` is
-what it allows all the loop's instructions, so the most a tile of that shape can reach. Prints a table and writes
-``benchmarks/results/arm64_loops.json``.
+the first-level cache. ``throughput`` is the share that the loop reaches of what the model allows all its instructions,
+``share`` of what it allows its sdot or smmla alone, and ``tile`` the most that a tile of that shape can reach of the
+latter. Prints a table and writes ``benchmarks/results/arm64_loops.json``.
 """
 
 import json
@@ -120,6 +120,7 @@ def main() -> None:
                             instruction: len(dots),
                             "cycles": round(cycles, 2),
                             "bound": bound,
+                            "throughput_percent": round(100 * least / cycles),
                             "share_percent": round(100 * bound / cycles),
                             "tile_percent": round(100 * bound / least),
                         }

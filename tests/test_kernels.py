@@ -20,6 +20,7 @@ from kernel_cases import (
 )
 from tvm import te
 
+from t3c_compile.backends import cpu
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.default_schedule import schedule_default
 from t3c_compile.backends.tvm.kernels import pack, quantize, vmath, weight_only
@@ -28,6 +29,8 @@ from t3c_compile.passes.ops import DEPLOYMENT_OPS
 
 CASES = build_cases()
 HOST_TARGETS = ("x86_64", "x86_64-v3")
+# AVX-VNNI differs from AVX512-VNNI in its width alone: a part of the cases, where the processor has it.
+AVXVNNI = get_target("x86_64-avxvnni")
 
 
 def assert_close(case: Case, result: Array) -> None:
@@ -49,6 +52,14 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.call.name)
 def test_kernel_equals_reference(case: Case, results: dict[str, Array]) -> None:
     assert_close(case, results[case.call.name])
+
+
+@pytest.mark.skipif(not cpu.features().issuperset(AVXVNNI.features), reason="this processor has no AVX-VNNI")
+def test_kernels_on_avx_vnni(tmp_path: Path) -> None:
+    chosen = CASES[::3]
+    compile_cases(chosen, AVXVNNI.name, tmp_path / "kernels.so")
+    for case, result in zip(chosen, run_calls(tmp_path / "kernels.so", calls_for(chosen, AVXVNNI.name)), strict=True):
+        assert_close(case, result)
 
 
 def test_weight_only_results_do_not_depend_on_rows_or_target() -> None:
@@ -132,7 +143,14 @@ def test_pack_kernel(packing: pack.Packing) -> None:
 
 @pytest.mark.parametrize(
     ("target", "instruction"),
-    [("neoverse-v2", "smmla"), ("cortex-a76", "sdot"), ("arm64", "smull"), ("x86_64-v3", "vpmaddubsw")],
+    [
+        ("neoverse-v2", "smmla"),
+        ("cortex-a76", "sdot"),
+        ("arm64", "smull"),
+        ("x86_64-v3", "vpmaddubsw"),
+        ("x86_64-avxvnni", "vpdpbusd"),
+        ("x86_64-vnni", "vpdpbusd"),
+    ],
 )
 def test_dot_product_instruction(target: str, instruction: str) -> None:
     kinds = ("int8_linear", "svd_linear", "int8_conv2d", "tucker2_conv2d")

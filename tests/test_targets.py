@@ -35,7 +35,7 @@ from t3c_compile.profile import ProfileSet
 from t3c_compile.snapping import snap
 from t3c_compile.transforming import transform
 
-CPUS = ("x86_64-v3", "x86_64-v4", "x86_64-vnni")
+CPUS = ("x86_64-v3", "x86_64-avxvnni", "x86_64-v4", "x86_64-vnni")
 CPUS += ("arm64", "cortex-a55", "cortex-a76", "cortex-x1", "neoverse-n1", "neoverse-v2")
 ACCELERATORS = ("jetson-orin", "a100", "h100", "h200", "ethos-u55-128", "ethos-u55-256")
 ACCELERATORS += ("ethos-u65-256", "ethos-u65-512", "ethos-u85-256", "ethos-u85-1024")
@@ -86,8 +86,8 @@ def test_what_ships() -> None:
         assert target.memory_bytes > 1e6
         if target.kind == "cpu":
             assert isa_for(target).name == target.simd
-            needed = {"avx512vnni": {"avx512_vnni"}, "avx2": {"avx2", "fma"}, "i8mm": {"i8mm"}}
-            needed |= {"dotprod": {"asimddp"}, "neon": {"asimd"}}
+            needed = {"avx512vnni": {"avx512_vnni"}, "avxvnni": {"avx_vnni"}, "avx2": {"avx2", "fma"}}
+            needed |= {"i8mm": {"i8mm"}, "dotprod": {"asimddp"}, "neon": {"asimd"}}
             assert needed[target.simd] <= set(target.features)
         else:
             assert target.host == get_target(target.host.name if target.host else "")
@@ -125,7 +125,7 @@ def test_targets_are_listed_without_torch_and_tvm(own: Path) -> None:
         ("[5, 8]", "8", r"\[my-board\]: bits: 8 is of the wrong type"),
         ('kind = "cpu"', 'kind = "tpu"', r"\[my-board\]: kind: 'tpu' is not one of cpu, cuda, ethos-u"),
         ('kind = "cpu"', 'kind = "ethos-u"', r"\[my-board\]: host: is missing"),
-        ('"dotprod"', '"sse2"', r"\[my-board\]: simd: 'sse2' is not one of avx512vnni, avx2, i8mm, dotprod, neon"),
+        ('"dotprod"', '"sse2"', r"\[my-board\]: simd: 'sse2' is not one of avx512vnni, avxvnni, avx2, i8mm, dotprod, neon"),
         ('mcpu = "cortex-a78", ', "", r"\[my-board\]: tvm: mcpu is missing"),
         (
             'zig_triple = "aarch64-linux-gnu.2.28"',

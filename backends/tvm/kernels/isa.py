@@ -79,8 +79,10 @@ class Isa:
         return 4 if self.registers >= 24 else 2
 
 
-def _vnni_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
-    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, activations, weights)
+def _vnni_dot(lanes: int, acc: Expr, activations: Expr, weights: Expr) -> Expr:
+    # Of 256 bits LLVM has one intrinsic for AVX512-VNNI and AVX-VNNI.
+    intrinsic = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    return T.call_llvm_pure_intrin(f"int32x{lanes}", intrinsic, acc, activations, weights)
 
 
 def _avx2_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
@@ -138,7 +140,8 @@ def _isa(
 
 
 _ISAS = {
-    "avx512vnni": Isa("avx512vnni", 16, 24, unsigned=True, dot=_vnni_dot, nibble=_permuted_nibble),
+    "avx512vnni": Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), _permuted_nibble),
+    "avxvnni": Isa("avxvnni", 8, 12, True, partial(_vnni_dot, 8), partial(_shifted_nibble, 8)),
     "avx2": _isa("avx2", 8, 8, _avx2_dot),
     "i8mm": _isa("i8mm", 4, 24, _smmla, height=2, narrows_panels=True),
     "dotprod": _isa("dotprod", 4, 24, _sdot, turn=4, narrows_panels=True),
