@@ -71,9 +71,9 @@ def gemv(inputs: int, outputs: int, bits: int) -> Case:
     spec = weight_only.WeightOnlySpec((1,), inputs, outputs, bits)
     kernel = compiled(weight_only.weight_only_linear(isa_for(host_target()), spec))
     packing = weight_only.weight_packing((outputs, inputs), bits)
-    size = int(np.prod(packing.shape)) * np.dtype(packing.packed_dtype).itemsize
+    size = int(np.prod(packing.shape))
     random = np.random.default_rng(0)
-    bytes_ = random.integers(-119, 120, size, np.int8).view(packing.packed_dtype).reshape(packing.shape)
+    bytes_ = random.integers(-119, 120, packing.shape, np.int8)
     weights = [tvm.runtime.tensor(bytes_) for _ in range(-(-_COPIES_BYTES // size))]
     x = tvm.runtime.tensor(random.standard_normal((1, inputs), np.float32))
     scale, y = (tvm.runtime.tensor(np.ones(shape, np.float32)) for shape in ((outputs,), (1, outputs)))

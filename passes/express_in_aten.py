@@ -11,7 +11,7 @@ For compilers that have no float64, ``float64=False`` sums in int32 instead, and
 two roundings: outputs then differ in the last place and, where one lies on a tie, by an int8 step of the next layer.
 
 Weight-only linears and the float stages (:data:`FLOAT_OPS`) work on real numbers: their ATen ops are equal as far as
-the library's float32 functions are.
+the library's float32 functions are. The former leave out the rounding of activations to 24 bits.
 """
 
 import math

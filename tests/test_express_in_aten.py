@@ -53,7 +53,10 @@ def test_every_deployment_op_has_an_aten_form() -> None:
 
 @pytest.mark.parametrize("name", ops.DEPLOYMENT_OPS)
 def test_table_and_pass_with_a_free_batch(name: str) -> None:
-    """As ``run_decompositions`` with a symbolic batch and as a pass: no ``t3c::`` op is left, the bits are equal."""
+    """As ``run_decompositions`` with a symbolic batch and as a pass: no ``t3c::`` op is left, the bits are equal.
+
+    Those of weight-only layers, whose sums ATen forms in float32, are to 1e-6 of the largest.
+    """
     x, *rest = _samples()[name]
     assert isinstance(x, Tensor)
     model = _Call(name, *rest)
@@ -64,10 +67,14 @@ def test_table_and_pass_with_a_free_batch(name: str) -> None:
     assert ExpressInAten()(graph).modified
     for found in (decomposed.graph, graph.graph):
         assert _targets(found) == {"aten"}
-    assert torch.equal(decomposed.module()(x), expected)
-    assert torch.equal(graph(x), expected)
+    tolerance = 1e-6 * float(expected.abs().max()) if "weight_only" in name else 0.0
     more = torch.cat([x, x])
-    assert torch.equal(decomposed.module()(more), model(more))
+    for found, wanted in (
+        (decomposed.module()(x), expected),
+        (graph(x), expected),
+        (decomposed.module()(more), model(more)),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ops.FLOAT_OPS)

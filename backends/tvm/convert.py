@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.convert_convs import CONV_CONVERTERS
 from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, Attend, attention_f32, one_kernel
 from t3c_compile.backends.tvm.kernels import floats, linear, pack, quantize, vmath, weight_only
-from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, scalars
+from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, UnsupportedOpError, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
 
@@ -65,9 +65,18 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     return lower.call_fused(lower.kernel(spec), args, [*lead, outputs])
 
 
+def _require_inputs(lower: Lowering, *sizes: int) -> None:
+    if max(sizes) > weight_only.MOST_INPUTS:
+        raise UnsupportedOpError(
+            f"{lower.node.name}: a weight-only layer of {max(sizes)} inputs may overflow its sums, which hold "
+            f"{weight_only.MOST_INPUTS}; give the model int8 activations"
+        )
+
+
 def _weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     x, (outputs, inputs) = lower.value(a["x"]), shape_of(lower.value(a["weight"]))
     lead = shape_of(x)[:-1]
+    _require_inputs(lower, inputs)
     weight = lower.packed(a["weight"], weight_only.weight_packing((outputs, inputs), a["bits"]))
     spec = weight_only.WeightOnlySpec(
         dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None, finish=lower.finish
@@ -79,6 +88,7 @@ def _weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
 def _svd_weight_only_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     x, (max_rank, inputs), (_, outputs) = (lower.value(a["x"]), *(shape_of(lower.value(a[name])) for name in "vu"))
     lead = shape_of(x)[:-1]
+    _require_inputs(lower, inputs, max_rank)
     v = lower.packed(a["v"], weight_only.weight_packing((max_rank, inputs), a["bits"]))
     u = lower.packed(a["u"], weight_only.weight_packing((max_rank, outputs), a["bits"], transposed=True))
     spec = weight_only.WeightOnlySpec(

@@ -1,26 +1,36 @@
 """Linear layers with integer weights and float32 activations: dense, and two-factor (SVD) chain.
 
 Decoding reads each weight once a token, so the bytes of the weights are what it costs, and int8 activations would save
-nothing. Sums are of real numbers: torch adds them in an order of its own, compiled kernels as one chain of fused
-multiply-adds over the reduction.
+nothing. A row of activations is taken as whole numbers of 24 bits, in steps of its own greatest one, which a kernel
+multiplies as three int8 digits: sums are then exact in any order, rounded once at the end. An activation is off by half
+a step at most, 2**-24 of the row's greatest, as much as a float32 sum loses in which that one takes part.
 """
 
 import torch
 from torch import Tensor
 
+from t3c_compile.passes.ops.int8_attention import LEAST_NORM
 from t3c_compile.passes.ops.int8_linear import affine
 from t3c_compile.passes.ops.nested import keep_top_bits
 
+MOST = 8_355_000.0
+"""The greatest whole number of a row: three digits of -128 to 127, with room for a rounding."""
+STEP = 1 / MOST
+
 
 def _product(x: Tensor, weight: Tensor, bits: int) -> Tensor:
-    return x @ keep_top_bits(weight, bits).to(torch.float32).T
+    greatest = x.abs().amax(-1, keepdim=True).clamp_min(LEAST_NORM)
+    whole = torch.round(x * (torch.full_like(greatest, MOST) / greatest))
+    # float64 holds every sum of fewer than 2**22 products.
+    sums = whole.to(torch.float64) @ keep_top_bits(weight, bits).to(torch.float64).T
+    return sums.to(torch.float32) * (greatest * STEP)
 
 
 @torch.library.custom_op("t3c::weight_only_linear", mutates_args=())
 def weight_only_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     """float32 ``x`` [..., n], int8 ``weight`` [m, n], float32 ``scale`` [m], ``bias`` [m] or None -> float32 [..., m].
 
-    ``y = (x @ top_bits(weight).T) * scale + bias``.
+    ``y = (x @ top_bits(weight).T) * scale + bias``, ``x`` in steps as above.
     """
     return affine(_product(x, weight, bits), scale, bias)
 

@@ -45,7 +45,7 @@ def _none(*_: Any) -> Any:
 
 CUDA = Processor(
     # Threads are scalar: the instruction set says only how images lie.
-    Isa("cuda", 1, 0, False, _none, _none),
+    Isa("cuda", 1, 0, False, _none),
     Kernels(
         float_gemm.matmul,
         rows.softmax,

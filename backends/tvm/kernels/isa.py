@@ -14,18 +14,14 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.targets import Target, require_cpu
-from t3c_compile.backends.tvm.kernels.emit import Index, int32
 
 QUAD = 4  # int8 values a lane
-NIBBLES = 8  # 4-bit values a word
 BLOCK = 16  # outputs a packed weight block
 
 
 @dataclass(frozen=True)
 class Isa:
     """``dot(acc, activations, weights)`` adds the products of words: int32 x lanes, int8 x 4 lanes, int8 x 4 lanes.
-
-    ``nibble(words, i)`` is the signed 4-bit value ``i`` (lowest first) of each int32 word, as float32.
 
     ``unsigned``: the dot product wants activations as uint8, which the kernels hold as ``x + 128``.
     ``registers``: how many accumulator registers a tile may use.
@@ -40,7 +36,6 @@ class Isa:
     registers: int
     unsigned: bool
     dot: Callable[[Expr, Expr, Expr], Expr]
-    nibble: Callable[[Expr, Index], Expr]
     height: int = 1
     turn: int = 1
     narrows_panels: bool = False
@@ -114,19 +109,6 @@ def _neon_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
     return acc + T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", pairs)
 
 
-def _permuted_nibble(words: Expr, i: Index) -> Expr:
-    # An index of the permutation is the lowest four bits of its lane: a table of all that they can mean.
-    offset = T.broadcast(T.int32(8), 16)
-    table = T.cast((T.ramp(T.int32(0), T.int32(1), 16) ^ offset) - offset, "float32x16")
-    places = words >> T.broadcast(int32(4 * i), 16)
-    return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", table, places)
-
-
-def _shifted_nibble(lanes: int, words: Expr, i: Index) -> Expr:
-    top = words << T.broadcast(int32(28 - 4 * i), lanes)
-    return T.cast(top >> T.broadcast(T.int32(28), lanes), f"float32x{lanes}")
-
-
 def _isa(
     name: str,
     lanes: int,
@@ -136,12 +118,12 @@ def _isa(
     turn: int = 1,
     narrows_panels: bool = False,
 ) -> Isa:
-    return Isa(name, lanes, registers, False, dot, partial(_shifted_nibble, lanes), height, turn, narrows_panels)
+    return Isa(name, lanes, registers, False, dot, height, turn, narrows_panels)
 
 
 _ISAS = {
-    "avx512vnni": Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), _permuted_nibble),
-    "avxvnni": Isa("avxvnni", 8, 12, True, partial(_vnni_dot, 8), partial(_shifted_nibble, 8)),
+    "avx512vnni": Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16)),
+    "avxvnni": Isa("avxvnni", 8, 12, True, partial(_vnni_dot, 8)),
     "avx2": _isa("avx2", 8, 8, _avx2_dot),
     "i8mm": _isa("i8mm", 4, 24, _smmla, height=2, narrows_panels=True),
     "dotprod": _isa("dotprod", 4, 24, _sdot, turn=4, narrows_panels=True),

@@ -2,9 +2,9 @@
 
 ``words``: int8 ``[groups][outputs / 16][taps][inputs / word][16][word]``, the layout of every int8 kernel, zero-padded;
 the instruction set says how many inputs a word is.
-``lanes``: ``[outputs / 16][inputs][16]`` in the raw dtype, the layout of the float, weight-only and depthwise kernels.
-``nibbles``: int32 ``[outputs / 16][inputs / 8][16]``, the layout of weight-only kernels at 4 bits: a word holds eight
-inputs of one output, each its top four bits in two's complement, the first in the lowest.
+``lanes``: ``[outputs / 16][inputs][16]`` in the raw dtype, the layout of the float and depthwise kernels.
+``nibbles``: int8 ``[outputs / 32][inputs / 4][16][4]``, the layout of weight-only kernels at 4 bits: words of four, and
+a byte holds the top four bits of two outputs 16 apart, the first's below the second's.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import Index, ceil_div, for_each, prim_func, top_bits
-from t3c_compile.backends.tvm.kernels.isa import BLOCK, NIBBLES, Isa
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,36 @@ class Packing:
     word: int = 1
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the packed tensor."""
-        blocks = self.groups * ceil_div(self.outputs, BLOCK)
-        words = self.taps * ceil_div(self.inputs, self.word)
-        return (blocks, words, BLOCK, self.word) if self.layout == "words" else (blocks, words, BLOCK)
+    def packed_dtype(self) -> str:
+        """Of the packed tensor."""
+        return self.dtype
 
     @property
-    def packed_dtype(self) -> str:
-        """Of the packed tensor; ``dtype`` is the raw one's."""
-        return "int32" if self.layout == "nibbles" else self.dtype
+    def block(self) -> int:
+        """Outputs a packed block."""
+        return 2 * BLOCK if self.layout == "nibbles" else BLOCK
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the packed tensor."""
+        blocks = self.groups * ceil_div(self.outputs, self.block)
+        words = self.taps * ceil_div(self.inputs, self.word)
+        return (blocks, words, BLOCK) if self.layout == "lanes" else (blocks, words, BLOCK, self.word)
 
 
 def words_of_matrix(isa: Isa, shape: tuple[int, ...], transposed: bool = False) -> Packing:
     """int8 [outputs, inputs], or [inputs, outputs] when ``transposed``."""
     return replace(lanes_of_matrix(shape, "int8", transposed), layout="words", word=isa.word)
+
+
+def quads_of_matrix(shape: tuple[int, ...], transposed: bool = False) -> Packing:
+    """The same in words of four, on every instruction set."""
+    return replace(lanes_of_matrix(shape, "int8", transposed), layout="words", word=QUAD)
+
+
+def nibbles_of_matrix(shape: tuple[int, ...], transposed: bool = False) -> Packing:
+    """The same, kept at 4 bits."""
+    return replace(quads_of_matrix(shape, transposed), layout="nibbles")
 
 
 def words_of_conv(isa: Isa, shape: tuple[int, ...], groups: int = 1) -> Packing:
@@ -65,11 +80,6 @@ def lanes_of_matrix(shape: tuple[int, ...], dtype: str, transposed: bool = False
     return Packing("lanes", dtype, shape, 1, outputs, inputs, 1, strides)
 
 
-def nibbles_of_matrix(shape: tuple[int, ...], transposed: bool = False) -> Packing:
-    """int8 [outputs, inputs], or [inputs, outputs] when ``transposed``, kept at 4 bits."""
-    return replace(lanes_of_matrix(shape, "int8", transposed), layout="nibbles", word=NIBBLES)
-
-
 def lanes_of_depthwise(shape: tuple[int, ...]) -> Packing:
     """int8 [channels, ..., kh, kw], the rest 1: as [channels / 16][kh * kw][16]."""
     taps = shape[-2] * shape[-1]
@@ -79,9 +89,9 @@ def lanes_of_depthwise(shape: tuple[int, ...]) -> Packing:
 def pack(packing: Packing) -> tvm.tirx.PrimFunc:
     """(raw, packed) of the shapes in ``packing``."""
     p = packing
-    blocks, words = ceil_div(p.outputs, BLOCK), ceil_div(p.inputs, p.word)
+    blocks, words = ceil_div(p.outputs, p.block), ceil_div(p.inputs, p.word)
     with prim_func(f"pack_{p.layout}") as function:
-        raw, packed = function.args(raw=(p.raw_shape, p.dtype), packed=(p.shape, p.packed_dtype))
+        raw, packed = function.args(raw=(p.raw_shape, p.dtype), packed=(p.shape, p.dtype))
 
         @for_each(p.groups * blocks, p.groups * blocks * p.taps * p.inputs * BLOCK)
         def _(task: Index) -> None:
@@ -93,21 +103,17 @@ def pack(packing: Packing) -> tvm.tirx.PrimFunc:
                 return T.if_then_else(inside, raw[where], T.cast(0, p.dtype))
 
             with T.serial(0, p.taps) as tap, T.serial(0, words) as k, T.serial(0, BLOCK) as lane:
-                output = (task % blocks) * BLOCK + lane
+                output = (task % blocks) * p.block + lane
                 at = ((task * p.taps + tap) * words + k) * BLOCK + lane
-                if p.layout == "nibbles":
-                    T.buffer_store(packed, _word([value(output, k * p.word + i, tap) for i in range(p.word)]), [at])
-                else:
-                    with T.serial(0, p.word) as i:
-                        T.buffer_store(packed, value(output, k * p.word + i, tap), [at * p.word + i])
+                with T.serial(0, p.word) as i:
+                    found = value(output, k * p.word + i, tap)
+                    if p.layout == "nibbles":
+                        found = _pair(found, value(output + BLOCK, k * p.word + i, tap))
+                    T.buffer_store(packed, found, [at * p.word + i])
 
     return function.func
 
 
-def _word(values: list[Expr]) -> Expr:
-    """Int8 ``values`` at 4 bits in one int32, the first in the lowest bits."""
-    word: Expr = T.int32(0)
-    for i, value in enumerate(values):
-        top = T.cast(top_bits(value, 4, 1), "int32") >> 4
-        word = word | ((top & 15) << (4 * i))
-    return word
+def _pair(low: Expr, high: Expr) -> Expr:
+    """Two int8 values at 4 bits in one byte."""
+    return ((top_bits(low, 4, 1) >> T.int8(4)) & T.int8(15)) | top_bits(high, 4, 1)

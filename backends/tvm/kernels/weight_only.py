@@ -1,10 +1,9 @@
 """``t3c::weight_only_linear`` and ``t3c::svd_weight_only_linear``: integer weights times float32 activations.
 
-Decoding a token multiplies one row, and then a weight is read once and used once: what counts is bytes. Up to
-:data:`_FEW_ROWS` rows go through a kernel that keeps the sums of a panel of outputs in registers and streams the
-panel's weights; more go through the float product. Both read one packed buffer, ``lanes`` or, at 4 bits, ``nibbles``,
-and form each output as one chain of fused multiply-adds over the reduction, so results do not depend on the number of
-rows or on the target.
+Decoding a token multiplies one row, and then a weight is read once and used once: what counts is bytes. A row of
+activations becomes whole numbers of 24 bits, three int8 digits each, which the int8 dot product multiplies as three
+rows: a vector of weights takes an instruction a digit, where as float32 it would take twelve. Sums are exact, so
+results depend on no order, number of rows or target. Weights are read as ``words``, at 4 bits as ``nibbles``.
 """
 
 from collections.abc import Callable
@@ -15,35 +14,44 @@ import tvm
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.kernels import vmath
 from t3c_compile.backends.tvm.kernels.emit import (
+    CHUNK_ROWS,
     Buffer,
     Index,
     accumulators,
     ceil_div,
+    chunks,
     fill,
+    float32,
     for_each,
     lanes_before,
     load,
     load_partial,
     prim_func,
+    product,
+    row_chunks,
     static,
     store,
     store_partial,
-    top_bits,
     vec,
     when,
 )
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.floats import Right, float_product
-from t3c_compile.backends.tvm.kernels.isa import BLOCK, NIBBLES, Isa
-from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_matrix, nibbles_of_matrix
+from t3c_compile.backends.tvm.kernels.gemm import row_stride, spread_word, weight_words
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
+from t3c_compile.backends.tvm.kernels.pack import Packing, nibbles_of_matrix, quads_of_matrix
+from t3c_compile.passes.ops.int8_attention import LEAST_NORM
+from t3c_compile.passes.ops.weight_only import MOST, STEP
 
 # put(row, column, sums): what becomes of a vector of sums.
 Put = Callable[[Index, Index, Expr], None]
 
-_FEW_ROWS = 4
-# Inputs that one turn of the loop takes at least: a cache line of int8 weights.
-_UNROLL = 4
+_DIGITS = 3
+# Rows that share the weights in a register tile.
+_ROWS = 3
+# More inputs than these could overflow the sums of a digit.
+MOST_INPUTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class WeightOnlySpec:
 
 def weight_packing(shape: tuple[int, ...], bits: int, transposed: bool = False) -> Packing:
     """How weight-only kernels want int8 [outputs, inputs] (the other way round when ``transposed``)."""
-    return nibbles_of_matrix(shape, transposed) if bits == 4 else lanes_of_matrix(shape, "int8", transposed)
+    return nibbles_of_matrix(shape, transposed) if bits == 4 else quads_of_matrix(shape, transposed)
 
 
 @cache
@@ -78,7 +86,7 @@ def weight_only_linear(isa: Isa, s: WeightOnlySpec) -> tvm.tirx.PrimFunc:
     with prim_func("weight_only_linear") as function:
         x, weight, scale, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "float32"),
-            weight=(packing.shape, packing.packed_dtype),
+            weight=(packing.shape, packing.dtype),
             scale=((s.outputs,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
             **s.finish.arguments((*s.lead, s.outputs)),
@@ -94,7 +102,7 @@ def weight_only_linear(isa: Isa, s: WeightOnlySpec) -> tvm.tirx.PrimFunc:
 
             lanes_before(s.outputs, column, lanes, finish)
 
-        _multiply(isa, rows, s.outputs, s.inputs, x, Weight(weight, s.inputs, s.bits), put)
+        _multiply(isa, rows, s.outputs, s.inputs, x, weight, s.inputs, s.bits, put)
     return function.func
 
 
@@ -108,8 +116,8 @@ def svd_weight_only_linear(isa: Isa, s: WeightOnlySpec) -> tvm.tirx.PrimFunc:
     with prim_func("svd_weight_only_linear") as function:
         x, v, u, mid_scale, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "float32"),
-            v=(packings[0].shape, packings[0].packed_dtype),
-            u=(packings[1].shape, packings[1].packed_dtype),
+            v=(packings[0].shape, packings[0].dtype),
+            u=(packings[1].shape, packings[1].dtype),
             mid_scale=((s.max_rank,), "float32"),
             bias=((s.outputs,), "float32") if s.bias else None,
             **s.finish.arguments((*s.lead, s.outputs)),
@@ -126,126 +134,182 @@ def svd_weight_only_linear(isa: Isa, s: WeightOnlySpec) -> tvm.tirx.PrimFunc:
 
         def put(row: Index, column: Index, sums: Expr) -> None:
             def finish(valid: int) -> None:
-                value = sums if bias is None else sums + load_partial(bias, column, lanes, valid)
+                value = sums if bias is None else vmath.rounded(sums, lanes) + load_partial(bias, column, lanes, valid)
                 writer.put(row * s.outputs + column, value, lanes, valid)
 
             lanes_before(s.outputs, column, lanes, finish)
 
-        _multiply(isa, rows, s.rank, s.inputs, x, Weight(v, s.inputs, s.bits), keep)
-        _multiply(isa, rows, s.outputs, s.rank, middle, Weight(u, s.max_rank, s.bits), put)
+        _multiply(isa, rows, s.rank, s.inputs, x, v, s.inputs, s.bits, keep)
+        _multiply(isa, rows, s.outputs, s.rank, middle, u, s.max_rank, s.bits, put)
     return function.func
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A packed weight; ``inputs`` is the reduction's full length in it."""
-
-    buffer: Buffer
-    inputs: int
-    bits: int
-
-    @property
-    def group(self) -> int:
-        """Inputs a packed element holds."""
-        return NIBBLES if self.bits == 4 else 1
-
-    @property
-    def unit(self) -> float:
-        """What one step of the values read stands for, in stored integers; a power of two, so sums stay exact."""
-        return 16.0 if self.bits == 4 else 1.0
-
-    def load(self, block: Index, group: Index, offset: Index, lanes: int) -> Expr:
-        """Packed elements of ``lanes`` outputs from ``offset`` on in a block."""
-        return load(self.buffer, (block * ceil_div(self.inputs, self.group) + group) * BLOCK + offset, lanes)
-
-    def values(self, isa: Isa, packed: Expr, i: Index, lanes: int) -> Expr:
-        """Input ``i`` of each of the elements ``packed``, as float32 in steps of ``unit``."""
-        if self.bits == 4:
-            return isa.nibble(packed, i)
-        return T.cast(top_bits(packed, self.bits, lanes), vec("float32", lanes))
-
-
-def _multiply(isa: Isa, rows: Index, outputs: int, inputs: int, x: Buffer, weight: Weight, put: Put) -> None:
-    """Emit ``x [rows, inputs]`` times the first ``outputs`` and ``inputs`` of a weight."""
-
-    def scaled(row: Index, column: Index, sums: Expr) -> None:
-        put(row, column, sums if weight.unit == 1 else sums * fill(T.float32(weight.unit), isa.lanes))
-
-    def few(most: int) -> None:
-        _few_rows(isa, most, rows, outputs, inputs, x, weight, scaled)
-
-    def many() -> None:
-        # The same number here; said so, that no body for one row is emitted.
-        count = static(rows) or T.max(rows, _FEW_ROWS + 1)
-        last = ceil_div(outputs, BLOCK) - 1
-
-        def read(column: Index, k: Index) -> Expr:
-            # A panel's last vectors may lie past the last block; they are read from that one and never stored.
-            packed = weight.load(T.min(column // BLOCK, last), k // weight.group, column % BLOCK, isa.lanes)
-            return weight.values(isa, packed, T.cast(k % weight.group, "int32"), isa.lanes)
-
-        float_product(
-            isa,
-            1,
-            count,
-            outputs,
-            inputs,
-            lambda _, row: row * inputs,
-            x,
-            lambda _: Right(read, False),
-            lambda _, *result: scaled(*result),
-            isa.lanes,
-        )
-
+def _multiply(
+    isa: Isa, rows: Index, outputs: int, inputs: int, x: Buffer, weight: Buffer, stored: int, bits: int, put: Put
+) -> None:
+    """Emit ``x [rows, inputs]`` times the first ``outputs`` and ``inputs`` of a weight that has ``stored`` inputs."""
+    isa = by_lane(isa)
+    digits, steps = _digits(isa, x, rows, inputs)
+    panel = _Panel(isa, rows, outputs, inputs, digits, steps, weight, stored, bits, put)
     count = static(rows)
     if count is None:
-        when(rows == 1, lambda: few(1), lambda: when(rows <= _FEW_ROWS, lambda: few(_FEW_ROWS), many))
-    elif count <= _FEW_ROWS:
-        few(count)
+        when(rows == 1, lambda: panel.emit(1), lambda: panel.emit(_ROWS))
     else:
-        many()
+        panel.emit(min(count, _ROWS))
 
 
-def _few_rows(isa: Isa, most: int, rows: Index, outputs: int, inputs: int, x: Buffer, weight: Weight, put: Put) -> None:
-    """Emit the product of at most ``most`` rows; where there are fewer, the last stands for those missing."""
-    lanes, blocks = isa.lanes, ceil_div(outputs, BLOCK)
-    # Eight sums at once hide the time of a multiply-add.
-    panel = max(1, min(8, isa.registers // most) * lanes // BLOCK)
-    group = max(weight.group, _UNROLL)
+def _digits(isa: Isa, x: Buffer, rows: Index, inputs: int) -> tuple[Buffer, Buffer]:
+    """Every row as rows of its digits, the lowest first, in the form the dot product reads, and its step."""
+    lanes, stride, dtype = isa.lanes, row_stride(inputs), isa.activation_dtype
+    digits = T.alloc_buffer((rows * _DIGITS * stride,), dtype)
+    steps = T.alloc_buffer((rows,), "float32")
 
-    @for_each(ceil_div(blocks, panel), outputs * inputs)
-    def _(task: Index) -> None:
-        first = T.bind(task * panel)
-        starts = [T.bind(T.min(r, rows - 1) * inputs) for r in range(most)]
-        # Of a ragged last panel the last block is done more than once, and stored once.
-        places = [T.bind(T.min(first + b, blocks - 1)) for b in range(panel)]
-        vectors = [(place, offset) for place in places for offset in range(0, BLOCK, lanes)]
-        sums = accumulators(most, len(vectors), lanes, "float32")
+    @for_each(rows, product((rows, inputs)))
+    def _(row: Index) -> None:
+        greatest, broken = (T.alloc_buffer((lanes,), "float32") for _ in range(2))
+        for cell in (greatest, broken):
+            store(cell, 0, fill(T.float32(0), lanes), lanes)
+
+        def look(i: Index, n: int) -> None:
+            value = T.bind(load(x, row * inputs + i, n))
+            store(greatest, 0, T.max(load(greatest, 0, n), T.max(value, fill(T.float32(0), n) - value)), n)
+            # Nothing, or not a number: what the integers cannot say.
+            store(broken, 0, load(broken, 0, n) + value * fill(T.float32(0), n), n)
+
+        chunks(inputs, lanes, look)
+        most: Expr = float32(LEAST_NORM)
+        fault: Expr = T.float32(0)
+        for lane in range(lanes):
+            most, fault = T.max(most, greatest[lane]), fault + broken[lane]
+        most = T.bind(most)
+        T.buffer_store(steps, most * float32(STEP) + fault, [row])
+        ratio = T.bind(T.float32(MOST) / most)
+
+        def split(i: Index, n: int) -> None:
+            rest = vmath.nearest(load(x, row * inputs + i, n) * fill(ratio, n), n)
+            for place in range(_DIGITS):
+                rest = T.bind(rest)
+                digit = T.bind(T.cast(rest, vec("int8", n)))
+                at = (row * _DIGITS + place) * stride + i
+                store(digits, at, T.reinterpret(vec(dtype, n), digit) ^ fill(T.cast(isa.offset, dtype), n), n)
+                rest = (rest - T.cast(digit, vec("int32", n))) >> fill(T.int32(8), n)
+
+        chunks(inputs, lanes, split)
+        # Of the last word's missing inputs there may be weights: those of greater ranks.
+        with T.serial(0, -inputs % QUAD) as i:
+            for place in range(_DIGITS):
+                T.buffer_store(digits, T.cast(isa.offset, dtype), [(row * _DIGITS + place) * stride + inputs + i])
+
+    return digits, steps
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The product of rows of digits, a task some outputs of some rows."""
+
+    isa: Isa
+    rows: Index
+    outputs: int
+    inputs: int
+    digits: Buffer
+    steps: Buffer
+    weight: Buffer
+    stored: int
+    bits: int
+    put: Put
+
+    @property
+    def shared(self) -> int:
+        """Registers that a load of weights fills: one, or of nibbles two."""
+        return 2 if self.bits == 4 else 1
+
+    def emit(self, height: int) -> None:
+        """The product, ``height`` rows a tile."""
+        isa, lanes = self.isa, self.isa.lanes
+        # Where digits are unsigned, a row of ones takes their offset out.
+        lines = height * _DIGITS + (isa.offset > 0)
+        loads = 1 << (max(1, isa.registers // lines // self.shared).bit_length() - 1)
+        if height == 1 and isa.fetches:
+            # One stream of whole cache lines: several at once reached 0.8 of the memory's speed, this one 0.9.
+            loads = BLOCK // lanes
+        units = ceil_div(self.outputs, BLOCK * self.shared) * (BLOCK // lanes)
+        panels, parts = ceil_div(units, loads), row_chunks(self.rows)
+
+        @for_each(panels * parts, product((self.rows, self.outputs, self.inputs)))
+        def _(task: Index) -> None:
+            first = T.bind(task // parts * loads)
+            start = T.bind(task % parts * CHUNK_ROWS)
+            last = T.min(start + CHUNK_ROWS, self.rows)
+            with T.serial(0, ceil_div(last - start, height)) as group:
+                self._tile(first, T.bind(start + group * height), height, lines, loads, units)
+
+    def _tile(self, first: Index, row: Index, height: int, lines: int, loads: int, units: int) -> None:
+        isa, lanes = self.isa, self.isa.lanes
+        sums = accumulators(lines, loads * self.shared, lanes, "int32")
         for line in sums:
             for cell in line:
-                store(cell, 0, fill(T.float32(0), lanes), lanes)
+                store(cell, 0, fill(T.int32(0), lanes), lanes)
+        stride = row_stride(self.inputs)
+        # Of missing rows the last stands for them, and of missing outputs the last.
+        places = [
+            T.bind((T.min(row + r, self.rows - 1) * _DIGITS + place) * stride)
+            for r in range(height)
+            for place in range(_DIGITS)
+        ]
+        weights = [T.bind(self._place(T.min(first + u, units - 1))) for u in range(loads)]
+        ones = fill(T.cast(1, isa.activation_dtype), lanes * QUAD)
+        with T.serial(0, ceil_div(self.inputs, QUAD)) as k:
+            if isa.fetches:
+                self._fetch(weights, k, loads)
+            words = [word for at in weights for word in self._words(at + k * (BLOCK * QUAD))]
+            for i, line in enumerate(sums):
+                digit = spread_word(isa, self.digits, places[i] + k * QUAD) if i < len(places) else ones
+                digit = T.bind(digit)
+                for cell, word in zip(line, words, strict=True):
+                    store(cell, 0, isa.dot(load(cell, 0, lanes), digit, word), lanes)
+        for r in range(height):
 
-        def add(k: Index, count: int) -> None:
-            """The ``count`` inputs from ``k`` on."""
-            for i in range(count):
-                values = [T.bind(fill(x[start + k + i], lanes)) for start in starts]
-                for v, (place, offset) in enumerate(vectors):
-                    packed = weight.load(place, (k + i) // weight.group, offset, lanes)
-                    part = T.bind(weight.values(isa, packed, i % weight.group, lanes))
-                    for line, value in zip(sums, values, strict=True):
-                        store(line[v], 0, T.fma(value, part, load(line[v], 0, lanes)), lanes)
+            def finish(r: int = r) -> None:
+                for u in range(loads):
+                    for half in range(self.shared):
+                        cells = [line[u * self.shared + half] for line in sums]
+                        of_row = cells[r * _DIGITS : (r + 1) * _DIGITS] + cells[height * _DIGITS :]
+                        self.put(row + r, self._column(first + u, half), self._value(row + r, of_row))
 
-        with T.serial(0, inputs // group) as turn:
-            add(turn * group, group)
-        if inputs % group:
-            add(inputs // group * group, inputs % group)
-        for r, line in enumerate(sums):
+            when(row + r < self.rows, finish)
 
-            def finish(r: int = r, line: list[Buffer] = line) -> None:
-                for b in range(panel):
-                    for v in range(BLOCK // lanes):
-                        cell = line[b * (BLOCK // lanes) + v]
-                        column = (first + b) * BLOCK + v * lanes
-                        put(r, column, load(cell, 0, lanes))
+    def _place(self, unit: Index) -> Index:
+        """Where the weights of a unit begin: ``lanes`` outputs of a block."""
+        parts, words = BLOCK // self.isa.lanes, ceil_div(self.stored, QUAD)
+        return unit // parts * (words * BLOCK * QUAD) + unit % parts * (self.isa.lanes * QUAD)
 
-            when(r < rows, finish)
+    def _fetch(self, weights: list[Index], k: Index, loads: int) -> None:
+        """Ask for the next task's words ``k``, as long before they are needed as this task takes."""
+        ahead = loads * self.isa.lanes * ceil_div(self.stored, QUAD) * QUAD
+        for at in weights[:: BLOCK // self.isa.lanes]:
+            line = T.min(at + k * (BLOCK * QUAD) + ahead, self.weight.shape[0] - BLOCK * QUAD)
+            where = T.address_of(self.weight[line])
+            T.evaluate(T.call_intrin("void", "tirx.prefetch", where, *map(T.int32, (0, 2, 1))))
+
+    def _column(self, unit: Index, half: int) -> Index:
+        parts = BLOCK // self.isa.lanes
+        return (unit // parts * self.shared + half) * BLOCK + unit % parts * self.isa.lanes
+
+    def _words(self, at: Index) -> list[Expr]:
+        """The registers of weights at ``at``."""
+        isa, lanes = self.isa, self.isa.lanes
+        if self.bits != 4:
+            return [weight_words(isa, self.weight, at, self.bits)]
+        pairs = T.bind(T.reinterpret(vec("int32", lanes), load(self.weight, at, lanes * QUAD)))
+        low, high = pairs << fill(T.int32(4), lanes), pairs
+        top = fill(T.int32(-0x0F0F0F10), lanes)
+        return [T.bind(T.reinterpret(vec("int8", lanes * QUAD), half & top)) for half in (low, high)]
+
+    def _value(self, row: Index, cells: list[Buffer]) -> Expr:
+        """A row's sums in float32 from those of its digits; each step is exact but the last two."""
+        lanes, dtype = self.isa.lanes, vec("float64", self.isa.lanes)
+        total = fill(T.float64(0), lanes)
+        for place, cell in reversed(list(enumerate(cells))):
+            worth = 256.0**place if place < _DIGITS else -128.0 * sum(256.0**p for p in range(_DIGITS))
+            total = total + T.cast(load(cell, 0, lanes), dtype) * fill(T.float64(worth), lanes)
+        return T.bind(T.cast(total, vec("float32", lanes)) * fill(self.steps[row], lanes))
