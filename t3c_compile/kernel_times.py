@@ -45,7 +45,8 @@ def kernel_times(
 
     Args:
         example_inputs: inputs of the model, which say what every layer's input is like.
-        threads, rpc, tracker, key: as for :func:`t3c_compile.tuning.tune`.
+        threads: how many the kernels run on; all cores of the target unless given.
+        rpc: as for :func:`t3c_compile.tuning.tune`, like ``tracker`` and ``key``.
 
     Raises:
         TuningError, RecordsError, DeviceError: as for :func:`t3c_compile.tuning.tune`.
