@@ -24,7 +24,7 @@ from t3c_compile.monitor import Monitor
 from t3c_compile.npu import RUN, partition_runner
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.store import read_store
-from t3c_compile.virtual_machine import VirtualMachine
+from t3c_compile.virtual_machine import VirtualMachine, loading_beside
 
 if TYPE_CHECKING:
     from t3c_compile.signing import Key
@@ -144,7 +144,8 @@ class Session:
         self._medians: list[float] = [cost["latency_ms"] for cost in entry["costs"]]
         self._active = self.profiles[-1]
         self._lock = threading.Lock()
-        with open_file(folder, manifest, STORE) as file:
+        on_gpu = entry.get("kind") == "cuda"
+        with loading_beside(on_gpu), open_file(folder, manifest, STORE) as file:
             store = read_store(file)
         missing = [name for names in entry["packs"].values() for name in names if name not in store]
         if missing:
@@ -157,9 +158,7 @@ class Session:
         open_file(folder, manifest, entry["library"]).close()
         try:
             # A bare name would be looked for elsewhere.
-            self._machine = VirtualMachine(
-                (folder / entry["library"]).absolute(), functions, on_gpu=entry.get("kind") == "cuda"
-            )
+            self._machine = VirtualMachine((folder / entry["library"]).absolute(), functions, on_gpu)
             self._functions = [self._machine[name] for name in entry["functions"]]
             # Packed once, for all profiles, and pages of the store are let go as that goes on.
             packed: list[Any] = []

@@ -6,9 +6,11 @@ torch would come with it.
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -82,18 +84,37 @@ class VirtualMachine:
         return self._ffi.get_global_func(f"runtime.TVMTensor{name}")
 
 
+@contextmanager
+def loading_beside(on_gpu: bool) -> Iterator[None]:
+    """Load the FFI and TVM's library in a thread beside what is done inside; it is loaded, or has failed, at the end.
+
+    Reading and hashing weights leaves the interpreter to others, and takes about as long.
+    """
+
+    def load() -> None:
+        # Said again, and to the caller, by whoever needs it.
+        with suppress(ImportError, OSError):
+            _load_ffi(on_gpu)
+
+    thread = Thread(target=load)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
 def _load_ffi(on_gpu: bool) -> Any:
     cpu.let_tvm_use_all_cores()
-    # It would load torch where that is installed, for nothing.
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]
+    # It would load these where they are installed, for nothing.
+    hidden = {"torch", "cuda"} - ({"cuda"} if on_gpu else set()) - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         import tvm_ffi
         from tvm_ffi.libinfo import load_lib_ctypes
     finally:
-        if hidden:
-            del sys.modules["torch"]
+        for name in hidden:
+            del sys.modules[name]
     found = find_spec("tvm")
     if found is None or found.origin is None:
         raise ImportError("apache-tvm is not installed: pip install apache-tvm")
