@@ -18,13 +18,15 @@ from t3c_compile.backends.targets import Target, get_target
 from t3c_compile.chain import Grid, chains
 from t3c_compile.controller import RESOURCES, Controller, apply_gates, soft_gate
 from t3c_compile.groups import layer_groups
-from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers
+from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers, full_width_known
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.progress import progress_bar
 from t3c_compile.training_state import TrainError, TrainingState
 
 # Of a sampled budget, how often a resource is free: users name one or two, seldom all three.
 _FREE = 0.5
+# How often a step trains the full model, and the least options; else it trains sampled ones.
+_FULL_SHARE, _LEAST_SHARE = 1 / 4, 1 / 4
 
 
 class Batches(Protocol):
@@ -74,7 +76,8 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves beside the model: the controller, and the mean of every loss term by epoch."""
+    """What training leaves beside the model: the controller, and by epoch the mean of every loss term over the
+    steps that have it."""
 
     controller: Controller
     history: list[dict[str, float]]
@@ -84,8 +87,10 @@ class TrainResult:
 class ElasticLoss:
     """The loss terms of one step on one batch.
 
-    The sandwich rule (https://arxiv.org/abs/1903.05134): every step runs the full model, which gets the task loss and
-    teaches, the least options, and options sampled by the controller for a sampled budget.
+    The sandwich rule (https://arxiv.org/abs/1903.05134) taken apart: a step trains one of three, drawn from torch's
+    global generator. The full model gets the task loss alone; the least options, and options sampled by the controller
+    for a sampled budget, are taught by the full model too, which then runs without gradients. All three in every step
+    cost five plain steps, and at equal time they make no better profiles.
     """
 
     def __init__(
@@ -101,37 +106,74 @@ class ElasticLoss:
         self._max_ranks = {name: layer.max_rank for name, layer in elastic_layers(elastic)}
         if set(self._max_ranks) != set(controller.chains):
             raise TrainError("the controller was made for other layers: build its chains from this elastic model")
+        self._quantizers = [module for module in elastic.modules() if isinstance(module, ActivationQuantizer)]
         self._cost = losses.GatesCost(elastic, controller.chains, target)
         self._least = self._gates({name: torch.eye(len(chain))[0] for name, chain in controller.chains.items()})
 
     def __call__(self, model: nn.Module, batch: tuple[Any, ...]) -> dict[str, Tensor]:
-        """Weighted terms by name (0-d, their sum is the loss); ``model`` is the elastic model, or DDP around it."""
-        weights = self.weights
+        """Weighted terms by name (0-d, their sum is the loss); ``model`` is the elastic model, or DDP around it.
+
+        The names are those of the terms that this step has.
+        """
         *rest, labels = batch
-        inputs = tuple(rest)
-        budget = self.sample_budget()
+        inputs, draw = tuple(rest), float(torch.rand(()))
+        if draw < _FULL_SHARE:
+            return {"task": losses.task_loss(self._full(model, inputs), labels, self.weights.label_smoothing)}
+        with torch.no_grad():
+            teacher = self._full(model, inputs)
+        if draw < _FULL_SHARE + _LEAST_SHARE:
+            return self._taught(apply_gates(model, self._cut(self._least, 0), inputs), teacher, labels)
+        return self._sampled(model, inputs, teacher, labels)
+
+    def _sampled(self, model: nn.Module, inputs: tuple[Any, ...], teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        weights, budget = self.weights, self.sample_budget()
         gates = self.sample_gates(budget)
-        full = model(*inputs)
-        if not isinstance(full, Tensor):
-            raise TrainError(
-                f"the model returns {type(full).__name__}, not logits: write a loop with t3c_compile.losses"
-            )
-        elastic = apply_gates(model, gates, inputs)
-        both = torch.cat([apply_gates(model, self._least, inputs), elastic])
-        teacher, twice = torch.cat([full, full]), torch.cat([labels, labels])
-        smoothing = weights.label_smoothing
-        terms = {
-            "task": losses.task_loss(full, labels, smoothing) + losses.task_loss(both, twice, smoothing),
-            "distillation": weights.distillation * losses.self_distillation(teacher, both, weights.temperature),
-            "budget": weights.budget * losses.budget_penalty(self._cost(gates), budget),
-        }
+        # One option above is multiplied, too, and then closed: its gradient tells what opening it would bring.
+        cut = self._cut(gates, 1)
+        logits = apply_gates(model, cut, inputs)
+        terms = self._taught(logits, teacher, labels)
+        terms["budget"] = weights.budget * losses.budget_penalty(self._cost(gates), budget)
         if self.augment is not None and weights.consistency:
-            augmented = apply_gates(model, gates, self.augment(inputs))
-            terms["consistency"] = weights.consistency * losses.consistency(elastic, augmented)
+            augmented = apply_gates(model, cut, self.augment(inputs))
+            terms["consistency"] = weights.consistency * losses.consistency(logits, augmented)
         if self.proxy is not None and weights.certificate:
             drift = self.proxy.drift(gates)
             terms["certificate"] = weights.certificate * losses.certificate_penalty(drift, weights.epsilon)
         return terms
+
+    def _taught(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        weights = self.weights
+        distilled = losses.self_distillation(teacher, logits, weights.temperature)
+        return {
+            "task": losses.task_loss(logits, labels, weights.label_smoothing),
+            "distillation": weights.distillation * distilled,
+        }
+
+    def _full(self, model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        """Logits of the full model; activation ranges, which it does not use, stay as they are."""
+        observing = [quantizer for quantizer in self._quantizers if quantizer.training]
+        for quantizer in observing:
+            quantizer.training = False
+        try:
+            with full_width_known(model):
+                logits = model(*inputs)
+        finally:
+            for quantizer in observing:
+                quantizer.training = True
+        if not isinstance(logits, Tensor):
+            raise TrainError(
+                f"the model returns {type(logits).__name__}, not logits: write a loop with t3c_compile.losses"
+            )
+        return logits
+
+    def _cut(self, gates: Gates, more: int) -> Gates:
+        """``gates`` with masks that end ``more`` options above the rank in use: what is beyond is not multiplied."""
+        ranks = torch.stack([mask.detach().sum() for mask, _ in gates.values()]).tolist()
+        found = {}
+        for (name, (mask, bits)), rank in zip(gates.items(), ranks, strict=True):
+            above = sorted({o.rank for o in self.controller.chains[name] if o.rank > rank})[:more]
+            found[name] = (mask[: max([round(rank), *above])], bits)
+        return found
 
     def sample_budget(self) -> Tensor:
         """A budget [3] that can be met: each resource free, or uniform above what the least options cost."""
@@ -209,7 +251,7 @@ def train(
         for epoch in range(start, epochs):
             torch.manual_seed(seed + 1_000_003 * epoch)
             good = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
-            sums: dict[str, float] = {}
+            seen: dict[str, list[float]] = {}
             for index, batch in enumerate(batches):
                 terms = loss(model, _checked(batch, index))
                 joined = processes.mean(torch.stack([term.detach() for term in terms.values()]))
@@ -217,9 +259,10 @@ def train(
                 if not run.step(sum(terms.values(), torch.zeros(())), epoch * steps + index):
                     elastic.load_state_dict(good)
                     raise TrainError(_not_finite(values, epoch, index, lr))
-                sums = {name: sums.get(name, 0.0) + value / steps for name, value in values.items()}
+                for name, value in values.items():
+                    seen.setdefault(name, []).append(value)
                 bar.update(task, advance=1, description=f"elastic training, loss {sum(values.values()):.3f}")
-            history.append(sums)
+            history.append({name: sum(of_steps) / len(of_steps) for name, of_steps in seen.items()})
             if checkpoint is not None:
                 run.save(checkpoint, setup, history)
     return TrainResult(controller, history, time.monotonic() - began)

@@ -47,7 +47,7 @@ class TrainingState:
             {"params": list(elastic.parameters()), "peak": lr},
             {"params": list(controller.parameters()), "peak": _CONTROLLER_LR},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
     def step(self, loss: Tensor, index: int) -> bool:
         """Backward and update; False, and no update, where the loss or the gradient is not finite in any process."""

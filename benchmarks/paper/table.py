@@ -224,7 +224,7 @@ def _ablations(task: str, cells: list[Cell]) -> list[str]:
 def _steps(cells: Sequence[Cell]) -> str:
     lines = [
         "## A training step\n",
-        "Milliseconds of a step on one batch, median, in turn; the aims are a ratio of 1.5 and a certificate of 3%.\n",
+        "Milliseconds of a step on one batch, mean, in turn; the aims are a ratio of 1.5 and a certificate of 3%.\n",
     ]
     lines += [_line("task", "plain fine-tuning", "T3C", "ratio", "of which the certificate"), _line(*["---"] * 5)]
     timed = {cell["task"]: cell for cell in cells if cell["method"] == "steps"}
@@ -236,8 +236,8 @@ def _steps(cells: Sequence[Cell]) -> str:
         else:
             lines.append(_line(task, f"`python -m benchmarks.paper --tasks {task} --seeds 1 --steps`", "", "", ""))
     lines.append(
-        "\nA T3C step runs the model three times: full, at the least options and at sampled ones, the last two through "
-        "rounding and its gradients; and it measures one layer for the certificate.\n"
+        "\nA T3C step trains the full model (a quarter of them), the least options (a quarter) or sampled ones, "
+        "the last two rounded and taught by the full model; a sampled one measures a layer for the certificate.\n"
     )
     return "\n".join(lines)
 

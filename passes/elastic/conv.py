@@ -39,10 +39,11 @@ class SvdConv2d(TwoFactorLayer):
         self.conv = conv
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
-        u, mid = self._rounded_out(self.U)
-        v = self._rounded(self.V, 1)[:, :, None, None]
-        h = self.conv.convolve(self._quantized("x", x, call), v) * mid[:, None, None]
-        h = self._quantized("h", self._masked(h, 1), call)
+        rank = self._open()
+        u, mid = self._rounded_out(self.U[:, :rank])
+        v = self._rounded(self.V[:rank], 1)[:, :, None, None]
+        h = self.conv.convolve(self._quantized("x", x, call), v) * self._gated(mid[:, None, None])
+        h = self._quantized("h", h, call)
         return F.conv2d(h, u[:, :, None, None], self.bias)
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
@@ -91,11 +92,13 @@ class ThreeFactorConv2d(ElasticLayer):
         return tuple(range(1, self.core.dim()))
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
-        u, out = self._rounded_out(self.U)
-        h = F.conv2d(self._quantized("x", x, call), self._rounded(self.V, 1)[:, :, None, None])
-        h = self._quantized("h", self._masked(h, 1), call)
-        g = self._spatial(h) * out[:, None, None]
-        g = self._quantized("g", self._masked(g, 1), call)
+        rank = self._open()
+        u, out = self._rounded_out(self.U[:, :rank])
+        # A middle without a scale of its own: rows of V are closed.
+        v = self._rounded(self._gated(self.V[:rank]), 1)
+        h = F.conv2d(self._quantized("x", x, call), v[:, :, None, None])
+        g = self._spatial(self._quantized("h", h, call)) * self._gated(out[:, None, None])
+        g = self._quantized("g", g, call)
         return F.conv2d(g, u[:, :, None, None], self.bias)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -135,7 +138,11 @@ class Tucker2Conv2d(ThreeFactorConv2d):
     op = torch.ops.t3c.tucker2_conv2d.default
 
     def _spatial(self, h: Tensor) -> Tensor:
-        return self.conv.convolve(h, self._rounded(self.core, self._core_inner()))
+        rank = self._open()
+        rows = self.core[:rank]
+        # Scales are those of the whole rows.
+        scale = weight_scale(rows.detach(), self._core_inner())
+        return self.conv.convolve(h, self._rounded(rows[:, :rank], self._core_inner(), scale))
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         v, core, u = factors["v"][:rank], factors["core"][:rank, :rank], factors["u"][:rank]
@@ -160,7 +167,8 @@ class CpConv2d(ThreeFactorConv2d):
     op = torch.ops.t3c.cp_conv2d.default
 
     def _spatial(self, h: Tensor) -> Tensor:
-        return self.conv.convolve(h, self._rounded(self.core, self._core_inner())[:, None], groups=h.shape[1])
+        core = self._rounded(self.core[: self._open()], self._core_inner())
+        return self.conv.convolve(h, core[:, None], groups=h.shape[1])
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         v, core, u = (factors[name][:rank] for name in ("v", "core", "u"))

@@ -19,6 +19,15 @@ class TwoFactorLayer(ElasticLayer):
         self.V = nn.Parameter(v.detach().contiguous())
         self.U = nn.Parameter(u.detach().contiguous())
 
+    def _multiplied_out(self, rows: int) -> Tensor | None:
+        """``U V`` where nothing is rounded and ``rows`` rows times it take less than times the two factors."""
+        if not self.unrounded or (self.x_quant and self.x_quant.training):
+            return None
+        (rank, n), m = self.V.shape, len(self.U)
+        if rows * (rank * (m + n) - m * n) <= rank * m * n:
+            return None
+        return self.U @ self._gated(self.V)
+
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         u = self.U.T
         return {"v": (self.V, weight_scale(self.V, 1)), "u": (u, weight_scale(u, 1))}

@@ -79,23 +79,29 @@ class ElasticLayer(nn.Module):
     def _bits(self) -> Tensor:
         return torch.tensor(32.0) if self.gate is None else self.gate.bits
 
-    def _masked(self, h: Tensor, dim: int) -> Tensor:
-        """Close the components of ``h`` (channels at ``dim``) that are beyond the rank in use."""
+    def _open(self) -> int:
+        """How many components are multiplied: a mask shorter than ``max_rank`` closes the rest."""
+        return self.max_rank if self.gate is None else len(self.gate.mask)
+
+    def _gated(self, h: Tensor) -> Tensor:
+        """Close the components of ``h`` [components, ...] that are beyond the rank in use."""
         if self.gate is None:
             return h
-        mask = self.gate.mask[: h.shape[dim]]
-        return h * (mask if dim == -1 else mask[:, None, None])
+        return h * self.gate.mask[: len(h)].reshape(-1, *[1] * (h.dim() - 1))
 
     def _quantized(self, name: str, x: Tensor, call: int) -> Tensor:
         quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
-        return x if quantizer is None or self.float_activations else quantizer(x, self._bits(), call)
+        if quantizer is None or self.float_activations or (self.unrounded and not quantizer.training):
+            return x
+        rounded: Tensor = quantizer(x, self._bits(), call)
+        return rounded
 
-    def _rounded(self, factor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        """``factor`` as training sees it, one scale over ``dim``."""
+    def _rounded(self, factor: Tensor, dim: int | tuple[int, ...], scale: Tensor | None = None) -> Tensor:
+        """``factor`` as training sees it, of scale ``scale`` or one scale over ``dim``."""
         if self.x_quant is None or self.unrounded:
             return factor
-        rounded: Tensor = fake_quantize_weight(factor, weight_scale(factor.detach(), dim), self._bits())
-        return rounded
+        scale = weight_scale(factor.detach(), dim) if scale is None else scale
+        return fake_quantize_weight(factor, scale, self._bits())
 
     def _rounded_out(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The last factor [m, R] in units of its component scale, and that scale [R], which the middle carries."""

@@ -14,9 +14,13 @@ class SvdLinear(TwoFactorLayer):
     weight_only_op = torch.ops.t3c.svd_weight_only_linear.default
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
-        u, mid = self._rounded_out(self.U)
-        h = F.linear(self._quantized("x", x, call), self._rounded(self.V, 1)) * mid
-        h = self._quantized("h", self._masked(h, -1), call)
+        whole = self._multiplied_out(x.numel() // x.shape[-1])
+        if whole is not None:
+            return F.linear(x, whole, self.bias)
+        rank = self._open()
+        u, mid = self._rounded_out(self.U[:, :rank])
+        h = F.linear(self._quantized("x", x, call), self._rounded(self.V[:rank], 1)) * self._gated(mid)
+        h = self._quantized("h", h, call)
         return F.linear(h, u, self.bias)
 
 

@@ -1,24 +1,41 @@
 """Quantization as training sees it: the deployed rounding forward, straight-through backward.
 
-These are ``torch.library`` custom ops rather than ``autograd.Function``: export inlines the latter and silently drops
-its backward, a custom op's autograd formula survives export, compile and DDP.
-Straight-through estimator: Bengio et al., https://arxiv.org/abs/1308.3432.
+These are composite ops: autograd, export and compile see the ATen ops inside, so gradients need no code of their own
+and cost no Python. Straight-through estimator: Bengio et al., https://arxiv.org/abs/1308.3432.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from t3c_compile.passes.ops.nested import WEIGHT_QMAX, keep_top_bits, quantize_weight
+from t3c_compile.passes.ops.nested import WEIGHT_QMAX
+
+_LIBRARY = torch.library.Library("t3c", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def composite(function: Callable[..., Tensor], schema: str) -> None:
+    """Give ``function`` a name among the ``t3c::`` ops, so that graphs can call it, print it and be pickled."""
+    _LIBRARY.define(function.__name__ + schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a graph is being made of what is done to ``x``, by export, compile or fake tensors."""
+    return type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
 
 
 def is_float(bits: Tensor) -> bool:
-    """Whether nothing is rounded, where asking does not wait for a GPU."""
-    return bits.device.type == "cpu" and bool(bits >= 32)
+    """Whether nothing is rounded, where asking neither waits for a GPU nor ties a traced graph to one width."""
+    wide = bits >= 32
+    return wide.device.type == "cpu" and not is_traced(wide) and bool(wide)
 
 
-@torch.library.custom_op("t3c::fake_quantize", mutates_args=())
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, bit for bit, with the gradient of ``x``."""
+    return rounded + (x - x.detach()) if torch.is_grad_enabled() and x.requires_grad else rounded
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, qmin: int) -> Tensor:
     """Quantize ``x`` to int8 and back, as :func:`quantize_int8` then :func:`dequantize_int8` do.
 
@@ -26,58 +43,35 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, qm
     middle of a factor chain; ``bits`` is the layer's 0-d width: at 32 the layer runs in
     floating point and ``x`` comes back unchanged. Gradient: one inside the int8 range, zero outside.
     """
-    if is_float(bits):
-        return x.clone()
-    q = torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, qmin, 127)
-    return torch.where(bits >= 32, x, (q - zero_point) * scale)
+    if is_traced(x):
+        # Ops that every compiler has and fuses.
+        q = torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, qmin, 127)
+        low, high = (qmin - 0.5 - zero_point) * scale, (127.5 - zero_point) * scale
+        inside = torch.clamp(x, low, high)
+        return torch.where(bits >= 32, x, straight_through(inside, (q - zero_point) * scale))
+    # ATen's kernel rounds alike, in one pass, and keeps one byte a number for the gradient.
+    rounded: Tensor = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+        x, scale, zero_point.int(), (bits < 32).long(), qmin, 127
+    )[0]
+    return rounded
 
 
-@fake_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, qmin: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.qmin = inputs[4]
-
-
-def _activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    x, scale, zero_point, bits = ctx.saved_tensors
-    low, high = (ctx.qmin - 0.5 - zero_point) * scale, (127.5 - zero_point) * scale
-    inside = ((x >= low) & (x <= high)) | (bits >= 32)
-    return grad * inside, None, None, None, None
-
-
-fake_quantize.register_autograd(_activation_backward, setup_context=_save_activation)
-
-
-@torch.library.custom_op("t3c::fake_quantize_weight", mutates_args=())
 def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
     """Round ``weight`` to the nested integers of width ``bits`` and back to float32, same shape.
 
     ``scale`` broadcasts to ``weight`` (see :func:`weight_scale`); ``bits`` is a 0-d tensor, 4 to 8, or 32 for no
-    rounding. Gradient: one where the integer is not clamped, zero elsewhere; none for ``scale`` and ``bits``.
+    rounding. Gradient: one, as nothing is clamped at a weight's own scale; none for ``scale`` and ``bits``.
     """
     if is_float(bits):
-        return weight.clone()
-    rounded = keep_top_bits(quantize_weight(weight, scale), bits.clamp(max=8)) * scale
-    return torch.where(bits >= 32, weight, rounded)
+        return weight
+    with torch.no_grad():
+        # keep_top_bits(quantize_weight(weight, scale)) * scale in fewer passes: steps are powers of two, so exact.
+        step = torch.exp2(8 - bits.clamp(max=8))
+        q = (weight / scale).round_().clamp_(-WEIGHT_QMAX, WEIGHT_QMAX)
+        rounded = q.div_(step).add_(0.5).floor_().mul_(step * scale)
+        rounded = torch.where(bits >= 32, weight, rounded)
+    return straight_through(weight, rounded)
 
 
-@fake_quantize_weight.register_fake
-def _(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
-    return torch.empty_like(weight)
-
-
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    weight, scale, bits = ctx.saved_tensors
-    inside = (weight.abs() <= (WEIGHT_QMAX + 0.5) * scale) | (bits >= 32)
-    return grad * inside, None, None
-
-
-fake_quantize_weight.register_autograd(_weight_backward, setup_context=_save_weight)
+composite(fake_quantize, "(Tensor x, Tensor scale, Tensor zero_point, Tensor bits, int qmin) -> Tensor")
+composite(fake_quantize_weight, "(Tensor weight, Tensor scale, Tensor bits) -> Tensor")

@@ -4,13 +4,11 @@ Nothing is calibrated and no row depends on another, so padding and later tokens
 sums of integers; between them stands the softmax of ``t3c::attention_f32``.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from t3c_compile.passes.ops.attention import attended, exponentials, mask_scores
-from t3c_compile.passes.ops.fake_quantize import is_float
+from t3c_compile.passes.ops.fake_quantize import composite, is_float, straight_through
 
 aten = torch.ops.aten
 
@@ -31,26 +29,18 @@ def _whole(x: Tensor, greatest: Tensor) -> Tensor:
     return torch.round(x * (torch.full_like(greatest, MOST) / greatest))
 
 
-@torch.library.custom_op("t3c::fake_quantize_rows", mutates_args=())
 def fake_quantize_rows(x: Tensor, bits: Tensor) -> Tensor:
     """Each row of float32 ``x`` [..., n] rounded to int8 by its greatest number and back, as ``t3c::attention_int8``
     does; unchanged where ``bits`` (0-d float32, a layer's width) is 32. Gradient: one (nothing is clamped)."""
     if is_float(bits):
-        return x.clone()
-    whole, step = integer_rows(x)
-    return torch.where(bits >= 32, x, whole * step)
+        return x
+    with torch.no_grad():
+        whole, step = integer_rows(x)
+        rounded = torch.where(bits >= 32, x, whole * step)
+    return straight_through(x, rounded)
 
 
-@fake_quantize_rows.register_fake
-def _(x: Tensor, bits: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return grad, None
-
-
-fake_quantize_rows.register_autograd(_rows_backward)
+composite(fake_quantize_rows, "(Tensor x, Tensor bits) -> Tensor")
 
 
 @torch.library.custom_op("t3c::attention_int8", mutates_args=())
