@@ -166,11 +166,9 @@ def test_two_processes_have_the_losses_of_one(pair: Any, alone: dict[str, Any], 
     _, found = pair
     for rank in range(2):
         for ours, theirs in zip(found[rank][way]["history"], alone["history"], strict=True):
-            assert ours.keys() == theirs.keys() == {"task", "distillation", "budget", "certificate"}
-            assert theirs["certificate"] > 0
-            assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=2e-5)
-            assert ours["task"] == pytest.approx(theirs["task"], rel=2e-5)
-            assert ours["certificate"] == pytest.approx(theirs["certificate"], rel=2e-5)
+            # A step trains the full model, the least options or sampled ones, and has the terms of that.
+            assert ours == pytest.approx(theirs, rel=2e-5)
+        assert any(theirs.get("certificate", 0) > 0 for theirs in alone["history"])
     assert _equal(found[0][way]["state"], found[1][way]["state"])
     assert _equal(found[0][way]["controller"], found[1][way]["controller"])
 

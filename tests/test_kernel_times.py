@@ -31,8 +31,8 @@ def _two_layers() -> tuple[ElasticGraphModule, list[tuple[torch.Tensor]]]:
 
 
 def test_times_between_measured_ranks() -> None:
-    times = LayerTimes(3.0, (8, 16, 32), (1.0, 0.5, 5.0))
-    assert [times.at(rank) for rank in (0, 8, 12, 16, 24, 32)] == [3.0, 0.5, 0.5, 0.5, 2.75, 5.0]
+    times = LayerTimes(3.0, (8, 16, 32), (1.0, 0.5, 6.0))
+    assert [times.at(rank) for rank in (0, 8, 12, 16, 24, 32)] == [3.0, 0.5, 0.5, 0.5, 3.25, 6.0]
     assert [times.pays(rank) for rank in (8, 16, 24, 32)] == [True, True, False, False]
 
 
