@@ -275,7 +275,8 @@ def _snap(arguments: argparse.Namespace, targets: list[Any], measure: bool = Fal
 def _times(
     arguments: argparse.Namespace, model: Any, inputs: tuple[Any, ...], targets: list[Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """By target what every layer takes, and a note for each that cannot be measured."""
+    """By target what every layer takes, and a note for each that cannot be measured, or not into this file."""
+    from t3c_compile.backends.tvm.tuning.records import RecordsError
     from t3c_compile.kernel_times import kernel_times
     from t3c_compile.snapping import grid_of
     from t3c_compile.tuning import TuningError
@@ -286,7 +287,7 @@ def _times(
             if target.kind == "cpu":
                 devices = _devices(arguments)
                 times[target.name] = kernel_times(model, grid_of(targets), target, arguments.records, inputs, **devices)
-        except TuningError as error:
+        except (TuningError, RecordsError) as error:
             notes.append(f"profiles are chosen without times on {target.name}: {error}")
     return times, notes
 

@@ -60,7 +60,7 @@ def kernel_times(
     threads = threads or int(str(target.tvm["num-cores"]))
     ranks = {name: [0, *_thinned(paying_ranks(layer, grid))] for name, layer in elastic_layers(model)}
     found = layer_workloads(model, isa_for(target), example_inputs, ranks)
-    workloads = Counter(workload for calls in found.values() for workload in calls if workload is not None)
+    workloads = Counter(w for by_rank in found.values() for calls in by_rank.values() for w in calls)
     if not workloads:
         return {}
     with ExitStack() as stack, progress_bar(progress) as bar:
@@ -69,31 +69,27 @@ def kernel_times(
         task = bar.add_task("times of the layers", total=len(workloads))
         search.baseline(lambda number, count: bar.update(task, completed=number, total=count))
         seconds = {standing.workload.key: standing.default_seconds for standing in search.standings()}
-    milliseconds = {
-        place: 1e3 * sum(seconds[workload.key] for workload in calls if workload is not None)
-        for place, calls in found.items()
-        if None not in calls
-    }
-    return {name: _layer_times(name, milliseconds) for name, rank in milliseconds if rank == 0}
+    return {name: _layer_times(by_rank, seconds) for name, by_rank in found.items()}
 
 
 def layer_workloads(
     model: ElasticGraphModule, isa: "Isa", example_inputs: tuple[Any, ...], ranks: Mapping[str, Sequence[int]]
-) -> "dict[tuple[str, int], list[Workload | None]]":
-    """By (layer, rank), for all of ``ranks``: the kernel of each of the layer's calls; None where it has no tiles."""
-    from t3c_compile.backends.tvm.tuning.layers import layer_workload
+) -> "dict[str, dict[int, list[Workload]]]":
+    """Of every layer that is an integer product, at its ``ranks``: the kernel of each of its calls."""
+    from t3c_compile.backends.tvm.tuning.layers import is_integer_product, layer_workload
 
     shapes = _input_shapes(model, example_inputs)
     return {
-        (name, rank): [layer_workload(isa, layer, rank, shape) for shape in shapes[name]]
+        name: {rank: [layer_workload(isa, layer, rank, shape) for shape in shapes[name]] for rank in ranks[name]}
         for name, layer in elastic_layers(model)
-        for rank in ranks[name]
+        if is_integer_product(layer)
     }
 
 
-def _layer_times(name: str, milliseconds: Mapping[tuple[str, int], float]) -> LayerTimes:
-    ranks = tuple(rank for layer, rank in milliseconds if layer == name and rank)
-    return LayerTimes(milliseconds[name, 0], ranks, tuple(milliseconds[name, rank] for rank in ranks))
+def _layer_times(by_rank: "Mapping[int, Sequence[Workload]]", seconds: Mapping[str, float]) -> LayerTimes:
+    milliseconds = {rank: 1e3 * sum(seconds[workload.key] for workload in calls) for rank, calls in by_rank.items()}
+    dense = milliseconds.pop(0)
+    return LayerTimes(dense, tuple(milliseconds), tuple(milliseconds.values()))
 
 
 def _thinned(ranks: Sequence[int]) -> list[int]:

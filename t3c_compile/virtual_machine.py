@@ -8,6 +8,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -104,6 +105,7 @@ def loading_beside(on_gpu: bool) -> Iterator[None]:
         thread.join()
 
 
+@cache
 def _load_ffi(on_gpu: bool) -> Any:
     cpu.let_tvm_use_all_cores()
     # It would load these where they are installed, for nothing.

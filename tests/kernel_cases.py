@@ -321,7 +321,7 @@ class _Maker:
 
         x, w = self.floats(rows, inputs), self.weights(outputs, inputs)
         x[:, 0], x[:, -1] = 1e4, -1e-4
-        if rows > 2:
+        if rows > 4:
             # A row of zeros has no greatest; what is no number stays in its row.
             x[0], x[1, 1], x[2, 0] = 0, np.nan, np.inf
         scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None

@@ -43,7 +43,7 @@ def test_measured_is_what_lowering_calls(net: str) -> None:
     profiles = snap(elastic, [(torch.randn(64, *inputs[0].shape[1:]),)], [TARGET], count=1)
     ranks = {name: option.rank for name, option in profiles.profiles[0].options.items()}
     found = layer_workloads(elastic, isa_for(TARGET), inputs, {name: [rank] for name, rank in ranks.items()})
-    measured = {workload.key for calls in found.values() for workload in calls if workload is not None}
+    measured = {workload.key for by_rank in found.values() for calls in by_rank.values() for workload in calls}
     programs, _ = export_profiles(elastic, profiles, inputs, lambda: None)
     assert {workload.key for workload in workloads_of(programs, isa_for(TARGET))} == measured
 

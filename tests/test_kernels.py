@@ -90,7 +90,7 @@ def test_pack_kernel(packing: pack.Packing) -> None:
     raw = (np.arange(np.prod(packing.raw_shape)) % 239 - 119).astype(packing.dtype).reshape(packing.raw_shape)
     kernel = pack.pack(packing).with_attr("global_symbol", "pack")
     module = compile_module({"pack": kernel}, get_target("x86_64"))
-    packed = tvm.runtime.tensor(np.ones(packing.shape, packing.packed_dtype))
+    packed = tvm.runtime.tensor(np.ones(packing.shape, packing.dtype))
     module["pack"](tvm.runtime.tensor(raw), packed)
     np.testing.assert_array_equal(packed.numpy(), pack_numpy(packing, raw))
 

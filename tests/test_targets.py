@@ -125,7 +125,11 @@ def test_targets_are_listed_without_torch_and_tvm(own: Path) -> None:
         ("[5, 8]", "8", r"\[my-board\]: bits: 8 is of the wrong type"),
         ('kind = "cpu"', 'kind = "tpu"', r"\[my-board\]: kind: 'tpu' is not one of cpu, cuda, ethos-u"),
         ('kind = "cpu"', 'kind = "ethos-u"', r"\[my-board\]: host: is missing"),
-        ('"dotprod"', '"sse2"', r"\[my-board\]: simd: 'sse2' is not one of avx512vnni, avxvnni, avx2, i8mm, dotprod"),
+        (
+            '"dotprod"',
+            '"sse2"',
+            r"\[my-board\]: simd: 'sse2' is not one of avx512vnni, avxvnni, avx2, i8mm, dotprod, neon",
+        ),
         ('mcpu = "cortex-a78", ', "", r"\[my-board\]: tvm: mcpu is missing"),
         (
             'zig_triple = "aarch64-linux-gnu.2.28"',

@@ -22,7 +22,8 @@ from tvm import rpc
 from tvm.runtime import vm as runtime
 from tvm.tirx.script.builder import ir as T
 
-import t3c_compile.passes.ops  # noqa: F401  (registers the ops)
+import t3c_compile
+import t3c_compile.passes.ops  # registers the ops
 from t3c_compile import commands
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library, link
@@ -156,6 +157,20 @@ def test_records_of_other_threads_keep_registers_alone(tmp_path: Path) -> None:
     file.append(Record(workload.key, 2, (Tile(99, 2, 99),), 1e-7, 2e-6))
     with pytest.raises(RecordsError, match=r"do not fit .* tune it anew"):
         Tuned(TARGET, file.path, 2).tiles(workload)
+
+
+_LOWER = ["lower", "test_tune:net", "--data", "test_tune:data", "--target", "x86_64"]
+
+
+def test_records_of_another_cpu_leave_the_choice_to_multiply_adds(tmp_path: Path) -> None:
+    """A file that a board was tuned into serves its own target; the others are lowered beside it as without a file."""
+    path = tmp_path / "board.jsonl"
+    RecordsFile(path, "cortex-a76").append(Record("k", 1, (), 1e-6, 1e-6))
+    arguments = build_parser().parse_args([*_LOWER, "--records", str(path), "-o", str(tmp_path / "m.t3c")])
+    x = torch.randn(4, 64)
+    times, notes = commands._times(arguments, t3c_compile.transform(Mlp().eval(), (x,)), (x,), [TARGET])
+    assert times == {}
+    assert [note for note in notes if "chosen without times on x86_64" in note and "measured on cortex-a76" in note]
 
 
 def test_the_first_of_equals_is_best() -> None:

@@ -167,7 +167,7 @@ def _pack_module(params: list[relax.Var], raw: tuple[str, ...], keys: list[Key],
             tensor = by_name[name]
             if packing is not None:
                 kernel = builder.add_func(processor.pack(packing), f"pack_{packing.layout}")
-                packed = relax.TensorType(packing.shape, packing.packed_dtype)
+                packed = relax.TensorType(packing.shape, packing.dtype)
                 tensor = builder.emit(relax.call_tir(kernel, [tensor], packed))
             result.append(tensor)
         builder.emit_func_output(relax.Tuple(result))

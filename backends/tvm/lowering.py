@@ -185,7 +185,7 @@ class Lowering:
         key = (self.names[node.name], packing)
         if key not in self.tensors:
             self.tensors[key] = relax.Var(
-                f"{node.name}_{packing.layout}", relax.TensorType(packing.shape, packing.packed_dtype)
+                f"{node.name}_{packing.layout}", relax.TensorType(packing.shape, packing.dtype)
             )
         return self.tensors[key]
 

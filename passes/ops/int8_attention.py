@@ -18,15 +18,15 @@ LEAST_NORM = 2.0**-100
 """Rows of smaller numbers are rounded to zero: the inverse of their greatest is no float32."""
 
 
-def integer_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 ``x`` [..., n] as whole numbers in [-127, 127], float32, and what one is worth, [..., 1]."""
+def integer_rows(x: Tensor, most: float = MOST) -> tuple[Tensor, Tensor]:
+    """float32 ``x`` [..., n] as whole numbers in [-most, most], float32, and what one is worth, [..., 1]."""
     greatest = x.abs().amax(-1, keepdim=True).clamp_min(LEAST_NORM)
-    return _whole(x, greatest), greatest * STEP
+    return _whole(x, greatest, most), greatest * (1 / most)
 
 
-def _whole(x: Tensor, greatest: Tensor) -> Tensor:
+def _whole(x: Tensor, greatest: Tensor, most: float) -> Tensor:
     # A number divided by a tensor is its inverse times the number: two roundings instead of one.
-    return torch.round(x * (torch.full_like(greatest, MOST) / greatest))
+    return torch.round(x * (torch.full_like(greatest, most) / greatest))
 
 
 def fake_quantize_rows(x: Tensor, bits: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def attention_int8(
     e, inverse = exponentials(s)
     p = e * v_step.transpose(-1, -2)
     greatest = p.amax(-1, keepdim=True).clamp_min(LEAST_NORM)
-    y = (_whole(p, greatest).double() @ v.double()).float()
+    y = (_whole(p, greatest, MOST).double() @ v.double()).float()
     result: Tensor = y * ((greatest * STEP) * inverse)
     return result
 

@@ -9,7 +9,7 @@ a step at most, 2**-24 of the row's greatest, as much as a float32 sum loses in 
 import torch
 from torch import Tensor
 
-from t3c_compile.passes.ops.int8_attention import LEAST_NORM
+from t3c_compile.passes.ops.int8_attention import integer_rows
 from t3c_compile.passes.ops.int8_linear import affine
 from t3c_compile.passes.ops.nested import keep_top_bits
 
@@ -19,11 +19,10 @@ STEP = 1 / MOST
 
 
 def _product(x: Tensor, weight: Tensor, bits: int) -> Tensor:
-    greatest = x.abs().amax(-1, keepdim=True).clamp_min(LEAST_NORM)
-    whole = torch.round(x * (torch.full_like(greatest, MOST) / greatest))
+    whole, step = integer_rows(x, MOST)
     # float64 holds every sum of fewer than 2**22 products.
     sums = whole.to(torch.float64) @ keep_top_bits(weight, bits).to(torch.float64).T
-    return sums.to(torch.float32) * (greatest * STEP)
+    return sums.to(torch.float32) * step
 
 
 @torch.library.custom_op("t3c::weight_only_linear", mutates_args=())

@@ -79,7 +79,7 @@ def layer(s: LayerSpec) -> tvm.tirx.PrimFunc:
         x, numbers, weight, sums, scale, bias, *ends_ = function.args(
             x=((*s.lead, s.inputs) if w is None else (s.lead[0], *w.size, channels), "int8"),
             numbers=((2,), "float32"),
-            weight=(s.packing.shape, s.packing.packed_dtype),
+            weight=(s.packing.shape, s.packing.dtype),
             sums=((s.packing.outputs,), "int32") if s.has_sums else None,
             scale=((s.packing.outputs,), "float32") if s.gain else None,
             bias=((s.outputs,), "float32") if s.bias else None,

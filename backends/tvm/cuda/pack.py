@@ -41,7 +41,7 @@ class CudaPacking:
         return (self.taps, self.outputs) if self.layout == "taps" else (self.outputs, self.taps, self.tap_words)
 
     @property
-    def packed_dtype(self) -> str:
+    def dtype(self) -> str:
         return "int8" if self.layout == "taps" else "int32"
 
     def sums(self, bits: int) -> "CudaPacking":
@@ -71,7 +71,7 @@ def taps_of_depthwise(shape: tuple[int, ...]) -> CudaPacking:
 def pack(p: CudaPacking) -> tvm.tirx.PrimFunc:
     """(raw, packed) of the shapes in ``p``."""
     with prim_func(f"pack_{p.layout}") as function:
-        raw, packed = function.args(raw=(p.raw_shape, "int8"), packed=(p.shape, p.packed_dtype))
+        raw, packed = function.args(raw=(p.raw_shape, "int8"), packed=(p.shape, p.dtype))
 
         def value(output: Index, source: Index, tap: Index) -> Expr:
             return raw[output * p.strides[0] + source * p.strides[1] + tap * p.strides[2]]

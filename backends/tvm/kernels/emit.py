@@ -48,7 +48,7 @@ def symbol_name(size: str) -> str:
     return re.sub(r"\W+", "_", size)
 
 
-def size_at(size: int | str, sizes: Sizes = {}) -> int:  # noqa: B006
+def size_at(size: int | str, sizes: Sizes) -> int:
     """A dimension where its symbols have ``sizes``."""
     if isinstance(size, int):
         return size
@@ -142,6 +142,11 @@ def load(buffer: Buffer, index: Index, lanes: int) -> Expr:
 
 def store(buffer: Buffer, index: Index, value: Expr, lanes: int) -> None:
     T.buffer_store(buffer, value, [index if lanes == 1 else T.ramp(index, 1, lanes)])
+
+
+def prefetch(buffer: Buffer, index: Index) -> None:
+    """Ask for the cache line of ``index``, to be read and kept near."""
+    T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(buffer[index]), *map(T.int32, (0, 2, 1))))
 
 
 def load_partial(buffer: Buffer, index: Index, lanes: int, valid: int) -> Expr:

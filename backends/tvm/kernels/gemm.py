@@ -27,6 +27,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     for_each,
     int32,
     load,
+    prefetch,
     product,
     size_at,
     static,
@@ -222,7 +223,7 @@ def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], col
 
 def default_tile(isa: Isa, lead: Sequence[int | str], columns: int) -> Tile:
     """The tile of a product that was not tuned. What is not known of its rows is taken for 1: a batch of one sample."""
-    rows, known = prod(size_at(size) for size in lead), all(isinstance(size, int) for size in lead)
+    rows, known = prod(size_at(size, {}) for size in lead), all(isinstance(size, int) for size in lead)
     vectors = min((4, 3, 2), key=partial(_work, isa, rows, columns)) if known and isa.registers >= 24 else isa.panel()
     if rows == 1 and not known:
         return Tile(_height(isa, None, vectors), vectors, CHUNK_ROWS)
@@ -274,8 +275,7 @@ def _fetch(weights: Buffer, panel: tuple[Index, int], line: Index) -> None:
     """Ask for one line of the next panel's weights. A tile of rows is done with a panel's words sooner than memory
     brings the next ones; later tiles have them in cache, and leave memory idle."""
     start, size = panel
-    at = T.min(start + T.min(line * _LINE, size - _LINE), weights.shape[0] - _LINE)
-    T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(weights[at]), *map(T.int32, (0, 2, 1))))
+    prefetch(weights, T.min(start + T.min(line * _LINE, size - _LINE), weights.shape[0] - _LINE))
 
 
 def _panel(

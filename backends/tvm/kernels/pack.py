@@ -35,11 +35,6 @@ class Packing:
     word: int = 1
 
     @property
-    def packed_dtype(self) -> str:
-        """Of the packed tensor."""
-        return self.dtype
-
-    @property
     def block(self) -> int:
         """Outputs a packed block."""
         return 2 * BLOCK if self.layout == "nibbles" else BLOCK

@@ -28,6 +28,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     lanes_before,
     load,
     load_partial,
+    prefetch,
     prim_func,
     product,
     row_chunks,
@@ -287,9 +288,7 @@ class _Panel:
         """Ask for the next task's words ``k``, as long before they are needed as this task takes."""
         ahead = loads * self.isa.lanes * ceil_div(self.stored, QUAD) * QUAD
         for at in weights[:: BLOCK // self.isa.lanes]:
-            line = T.min(at + k * (BLOCK * QUAD) + ahead, self.weight.shape[0] - BLOCK * QUAD)
-            where = T.address_of(self.weight[line])
-            T.evaluate(T.call_intrin("void", "tirx.prefetch", where, *map(T.int32, (0, 2, 1))))
+            prefetch(self.weight, T.min(at + k * (BLOCK * QUAD) + ahead, self.weight.shape[0] - BLOCK * QUAD))
 
     def _column(self, unit: Index, half: int) -> Index:
         parts = BLOCK // self.isa.lanes

@@ -13,14 +13,15 @@ from t3c_compile.passes.elastic.conv import ConvGeometry, ThreeFactorConv2d
 _BITS = 8  # times are taken for all widths alike, as tiles are
 
 
-def layer_workload(isa: Isa, layer: ElasticLayer, rank: int, shape: Sequence[int | str]) -> Workload | None:
+def is_integer_product(layer: ElasticLayer) -> bool:
+    """All layers but tables of rows and those with float32 activations."""
+    return not isinstance(layer, Table) and not layer.float_activations
+
+
+def layer_workload(isa: Isa, layer: ElasticLayer, rank: int, shape: Sequence[int | str]) -> Workload:
     """The kernel of ``layer`` at ``rank`` (0: dense) on an input of ``shape``, [..., n] or [N, C, H, W]; a name
     is a symbolic size.
-
-    None where it is no integer product: a table of rows, a layer with float32 activations.
     """
-    if isinstance(layer, Table) or layer.float_activations:
-        return None
     return Workload(isa, (_conv if len(layer.dense_shape()) == 4 else _linear)(layer, rank, tuple(shape)))
 
 
