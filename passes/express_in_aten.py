@@ -51,7 +51,12 @@ def _first(tensor: Value, count: int, dim: int = 0) -> Value:
 def _top_bits(q: Value, bits: int) -> Value:
     """``keep_top_bits`` of int8; in int32, which every compiler adds."""
     step = 2 ** (8 - bits)
-    return q if step == 1 else aten.bitwise_and.Scalar(aten.add.Scalar(aten.to.dtype(q, torch.int32), step // 2), -step)
+    if step == 1:
+        return q
+    q = aten.to.dtype(q, torch.int32)
+    # Half a step more, but where that would be a tie rounded to an odd multiple.
+    tie = aten.to.dtype(aten.eq.Scalar(aten.bitwise_and.Scalar(q, 2 * step - 1), step // 2), torch.int32)
+    return aten.bitwise_and.Scalar(aten.sub.Tensor(aten.add.Scalar(q, step // 2), tie), -step)
 
 
 def _centred(x: Value, zero_point: int) -> tuple[Value, int]:

@@ -203,7 +203,7 @@ def pack_numpy(packing: object, raw: Array) -> Array:
     packed[:, : p.outputs, :, : p.inputs] = raw.reshape(-1)[(g * p.outputs + o) * so + i * si + t * st]  # type: ignore[attr-defined]
     packed = packed.reshape(p.groups * blocks, p.block, p.taps * words, p.word).transpose(0, 2, 1, 3)  # type: ignore[attr-defined]
     if p.layout == "nibbles":  # type: ignore[attr-defined]
-        top = packed.astype(np.int32) + 8 >> 4
+        top = np.rint(packed / 16).astype(np.int32)
         packed = (top[:, :, :16] & 15 | top[:, :, 16:] << 4).astype(np.int8)
     return np.ascontiguousarray(packed.reshape(p.shape))  # type: ignore[attr-defined]
 

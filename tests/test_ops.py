@@ -1,5 +1,7 @@
 """The ``t3c::`` ops: schema, fake kernel, reference and gradient."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,11 +69,13 @@ def test_training_ops_are_well_formed() -> None:
 @given(st.integers(4, 8))
 @settings(max_examples=5)
 def test_lower_widths_are_rounded_top_bits(bits: int) -> None:
-    """Every width is what an integer kernel computes, (q + step/2) & ~(step - 1), and fits its signed bits."""
+    """Every width is the nearest multiple of its step, of two the even one, and fits its signed bits; so the mean of
+    all weights stays where it is."""
     q = torch.arange(-119, 120)
     step = 2 ** (8 - bits)
-    expected = (q + step // 2) & ~(step - 1)
+    expected = torch.tensor([step * round(Fraction(int(value), step)) for value in q])
     found = keep_top_bits(q, bits)
+    assert float(found.double().mean()) == 0
     assert torch.equal(found, expected)
     assert int((found // step).max()) <= 2 ** (bits - 1) - 1
     assert int((found // step).min()) >= -(2 ** (bits - 1))
@@ -113,7 +117,7 @@ def test_svd_chain_is_two_dense_linears(bits: int) -> None:
     x[0], x[1] = 127, -128
     mid, bias = torch.rand(16) * 1e-3, torch.randn(24)
     step = 2 ** (8 - bits)
-    vq, uq = ((t.long() + step // 2) & ~(step - 1) for t in (v, u))
+    vq, uq = (step * (t.double() / step).round().long() for t in (v, u))
     acc = (x.long() + 5) @ vq[:8].T
     h = torch.clamp(torch.round(acc.float() * (mid[:8] * torch.tensor(0.02 / 0.1))), -127, 127)
     sums = (h.long() @ uq[:8]).double()

@@ -279,7 +279,7 @@ class Expansion:
         """The first ``rows`` of an int8 factor at width ``bits``, as int8; at 4 bits divided by 16."""
         array = _array(value)[:rows]
         if bits == 4:
-            narrow = ((array.astype(np.int16) + 8) >> 4).astype(np.int8)
+            narrow = np.rint(array / 16).astype(np.int8)
             weight = self._external(f"{value.name}.int4", narrow, bits)
             return self._op("Cast", weight, to=ir.DataType.INT8)
         weight = self._external(f"{value.name}.int8", array, bits)
@@ -287,7 +287,10 @@ class Expansion:
             return weight
         step = 2 ** (8 - bits)
         wide = self._op("Cast", weight, to=ir.DataType.INT32)
-        wide = self._op("Add", wide, self._scalar(step // 2, np.int32))
+        # Half a step more, but where that would be a tie rounded to an odd multiple.
+        last = self._op("BitwiseAnd", wide, self._scalar(2 * step - 1, np.int32))
+        tie = self._op("Cast", self._op("Equal", last, self._scalar(step // 2, np.int32)), to=ir.DataType.INT32)
+        wide = self._op("Sub", self._op("Add", wide, self._scalar(step // 2, np.int32)), tie)
         wide = self._op("BitwiseAnd", wide, self._scalar(-step, np.int32))
         return self._op("Cast", wide, to=ir.DataType.INT8)
 

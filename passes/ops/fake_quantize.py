@@ -68,7 +68,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
         # keep_top_bits(quantize_weight(weight, scale)) * scale in fewer passes: steps are powers of two, so exact.
         step = torch.exp2(8 - bits.clamp(max=8))
         q = (weight / scale).round_().clamp_(-WEIGHT_QMAX, WEIGHT_QMAX)
-        rounded = q.div_(step).add_(0.5).floor_().mul_(step * scale)
+        rounded = q.div_(step).round_().mul_(step * scale)
         rounded = torch.where(bits >= 32, weight, rounded)
     return straight_through(weight, rounded)
 

@@ -82,8 +82,10 @@ def rounded_word(word: Expr, bits: int) -> Expr:
     if bits == 8:
         return word
     step = 1 << (8 - bits)
-    half, mask = 0x01010101 * (step // 2), 0x01010101 * (256 - step)
-    total = ((word & _int32(0x7F7F7F7F)) + _int32(half)) ^ (word & _int32(0x80808080))
+    below_half, mask = 0x01010101 * (step // 2 - 1), 0x01010101 * (256 - step)
+    # A tie goes up from an odd multiple alone.
+    odd = (word >> T.int32(8 - bits)) & _int32(0x01010101)
+    total = ((word & _int32(0x7F7F7F7F)) + (_int32(below_half) + odd)) ^ (word & _int32(0x80808080))
     return total & _int32(mask)
 
 

@@ -15,8 +15,8 @@ from t3c_compile.backends.tvm.kernels.depthwise import depthwise
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, Shape, prim_func, product
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows, tile_for
-from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
+from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, count_rows, multiply, scratch_rows, tile_for
+from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa, for_weights
 from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, words_of_conv, words_of_matrix
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.kernels.window import Images, Window
@@ -127,6 +127,8 @@ def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         batch = function.size((s.batch,))
         rows = product((batch, w.pixels))
         end = dense(isa, writer, s.outputs, x_scale, scale, bias)
+        if not s.is_depthwise:
+            isa = for_weights(isa, s.bits, count_rows((s.batch, w.pixels)))
         images = _read(isa, s, w, batch, x, numbers, 2, zero_point)
         if s.is_depthwise:
             depthwise(isa, rows, s.channels, images.rows(), weight, zero_point, s.bits, end)
@@ -166,6 +168,7 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         h_to_g, scale = T.bind(numbers[2]), T.bind(numbers[3])
         writer = Writer(s.finish, ends)
         batch = function.size((s.batch,))
+        isa = for_weights(isa, s.bits, count_rows((s.batch, w.pixels)))
         # An SVD's stride is taken as the image is read; the other forms begin with every pixel.
         seen = w if core is None else every_pixel(w)
         images = _read(isa, s, seen, batch, x, numbers, 4, zero_point)

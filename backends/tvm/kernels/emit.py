@@ -249,11 +249,18 @@ def int32(value: Index) -> Expr:
 
 
 def top_bits(weights: Expr, bits: int, lanes: int) -> Expr:
-    """``keep_top_bits`` on an int8 vector: to the nearest multiple of ``2**(8 - bits)``; none overflows within 119."""
+    """``keep_top_bits`` on an int8 vector: to the nearest multiple of ``2**(8 - bits)``, ties to even; none overflows
+    within 119."""
     if bits == 8:
         return weights
     step = 1 << (8 - bits)
-    return (weights + fill(T.int8(step // 2), lanes)) & fill(T.int8(-step), lanes)
+
+    def each(value: int) -> Expr:
+        return fill(T.int8(value), lanes)
+
+    # Half a step more, but where that would be a tie rounded to an odd multiple.
+    tie = T.cast(tvm.tirx.EQ(weights & each(2 * step - 1), each(step // 2)), vec("int8", lanes))
+    return (weights + each(step // 2) - tie) & each(-step)
 
 
 def row_chunks(rows: Index) -> Index:

@@ -36,7 +36,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
     when,
 )
-from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, Narrow
 from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles
 
 # store(row, column, valid lanes, int32 sums)
@@ -157,7 +157,8 @@ def row_words(isa: Isa, buffer: Buffer, places: list[Index], count: int) -> list
 def _narrowed(
     isa: Isa, weights: Buffer, at: Place, taps: int, words: int, count: int, bits: int
 ) -> tuple[Buffer, Place]:
-    """The ``count`` registers of weights at each word, rounded to ``bits``, in scratch."""
+    """The ``count`` registers of weights at each word, rounded to ``bits``, in scratch; ``isa.narrow`` takes them as
+    whole numbers of that width."""
     size = isa.lanes * QUAD
     panel = T.alloc_buffer((taps * words * count * size,), "int8")
 
@@ -166,7 +167,8 @@ def _narrowed(
 
     with T.serial(0, taps) as tap, T.serial(0, words) as k:
         for v in range(count):
-            store(panel, place(v, tap, k), weight_words(isa, weights, at(v, tap, k), bits), size)
+            word = weight_words(isa, weights, at(v, tap, k), bits)
+            store(panel, place(v, tap, k), word >> fill(T.int8(8 - bits), size) if isa.narrow else word, size)
     return panel, place
 
 
@@ -216,6 +218,11 @@ def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue,
             emit(width if whole else rest)
 
 
+def count_rows(lead: Sequence[int | str]) -> int | None:
+    """The rows of ``lead`` dimensions, None where they are not known before the call."""
+    return prod(size for size in lead if isinstance(size, int)) if all(isinstance(s, int) for s in lead) else None
+
+
 def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], columns: int) -> Tile:
     """The tile of a kernel's product ``number``, of ``lead`` dimensions of rows: the tuned one, else the default."""
     return tiles[number] if tiles else default_tile(isa, lead, columns)
@@ -224,7 +231,7 @@ def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], col
 def default_tile(isa: Isa, lead: Sequence[int | str], columns: int) -> Tile:
     """The tile of a product that was not tuned. What is not known of its rows is taken for 1: a batch of one sample."""
     rows, known = prod(size_at(size, {}) for size in lead), all(isinstance(size, int) for size in lead)
-    vectors = min((4, 3, 2), key=partial(_work, isa, rows, columns)) if known and isa.registers >= 24 else isa.panel()
+    vectors = min((4, 3, 2), key=partial(_work, isa, rows, columns)) if known and isa.registers >= 24 else isa.panel
     if rows == 1 and not known:
         return Tile(_height(isa, None, vectors), vectors, CHUNK_ROWS)
     panels, fewest = ceil_div(columns, vectors * isa.lanes), ceil_div(rows, CHUNK_ROWS)
@@ -278,6 +285,14 @@ def _fetch(weights: Buffer, panel: tuple[Index, int], line: Index) -> None:
     prefetch(weights, T.min(start + T.min(line * _LINE, size - _LINE), weights.shape[0] - _LINE))
 
 
+def _add_dot(isa: Isa, cell: Buffer, value: Expr, word: Expr) -> None:
+    store(cell, 0, isa.dot(load(cell, 0, isa.lanes), value, word), isa.lanes)
+
+
+def _add_pairs(isa: Isa, narrow: Narrow, cell: Buffer, value: Expr, word: Expr) -> None:
+    store(cell, 0, load(cell, 0, 2 * isa.lanes) + narrow.pairs(value, word), 2 * isa.lanes)
+
+
 def _panel(
     isa: Isa,
     p: Product,
@@ -308,7 +323,8 @@ def _panel(
     packed, ahead, panel_bytes = weights, None, vectors * lanes * taps * tap_bytes // BLOCK
     if isa.fetches and panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
         ahead = T.bind(base + (column // BLOCK) * (taps * tap_bytes) + panel_bytes), panel_bytes
-    if bits < 8 and isa.narrows_panels and (count is None or count > tile.rows):
+    narrow, turn = isa.narrow, isa.narrow.words(bits) if isa.narrow else isa.turn
+    if narrow or (bits < 8 and isa.narrows_panels and (count is None or count > tile.rows)):
         weights, at = _narrowed(isa, weights, at, taps, words, registers, bits)
         bits = 8
     sums = weight_sums(isa, weights, at, taps, words, registers, bits) if static(offset) != 0 else None
@@ -327,45 +343,61 @@ def _panel(
                     )
             places = [T.bind(x.place(row + r) + group * p.inputs) for r in range(rows)]
 
-            def add(tap: Index, shift: Index, first: Index, count: int) -> None:
+            def add(tap: Index, far: Index, first: Index, count: int) -> None:
                 """The products of ``count`` words from the first on."""
                 if ahead:
                     for k in range(count):
                         _fetch(packed, ahead, (number * taps + tap) * words + first + k)
+                if narrow:
+                    short = accumulators(len(acc), registers, 2 * lanes, "int16")
+                    for cell in (cell for line in short for cell in line):
+                        store(cell, 0, fill(T.int16(0), 2 * lanes), 2 * lanes)
+                    for k in range(count):
+                        add_words(short, partial(_add_pairs, isa, narrow), tap, far, first + k, 1)
+                    for line, sums16 in zip(acc, short, strict=True):
+                        for cell, pairs in zip(line, sums16, strict=True):
+                            store(cell, 0, narrow.widened(load(cell, 0, lanes), load(pairs, 0, 2 * lanes)), lanes)
+                else:
+                    add_words(acc, partial(_add_dot, isa), tap, far, first, count)
 
+            def add_words(
+                cells: list[list[Buffer]],
+                dot: Callable[[Buffer, Expr, Expr], None],
+                tap: Index,
+                far: Index,
+                first: Index,
+                count: int,
+            ) -> None:
                 def values(line: int) -> list[Expr]:
                     of_line = places[line * isa.height : (line + 1) * isa.height]
-                    return row_words(isa, x.buffer, [place + shift + first * isa.word for place in of_line], count)
+                    return row_words(isa, x.buffer, [place + far + first * isa.word for place in of_line], count)
 
                 def word(register: int, k: int) -> Expr:
                     return weight_words(isa, weights, at(register, tap, first + k), bits)
 
-                def dot(cell: Buffer, value: Expr, word: Expr) -> None:
-                    store(cell, 0, isa.dot(load(cell, 0, lanes), value, word), lanes)
-
                 # Of activations and weights the fewer wait in registers for the others, which come one by one.
-                if count > 1 or len(acc) <= registers:
-                    held = [values(i) for i in range(len(acc))]
+                if count > 1 or len(cells) <= registers:
+                    held = [values(i) for i in range(len(cells))]
                     for k in range(count):
                         for v in range(registers):
                             weight = word(v, k)
-                            for line, value in zip(acc, held, strict=True):
+                            for line, value in zip(cells, held, strict=True):
                                 dot(line[v], value[k], weight)
                 else:
                     words_held = [word(v, 0) for v in range(registers)]
-                    for i, line in enumerate(acc):
+                    for i, line in enumerate(cells):
                         value = values(i)[0]
                         for cell, weight in zip(line, words_held, strict=True):
                             dot(cell, value, weight)
 
-            turns, rest = divmod(words, isa.turn)
-            with x.taps() as (tap, shift):
+            turns, rest = divmod(words, turn)
+            with x.taps() as (tap, far):
                 if turns:
-                    with T.serial(0, turns) as turn:
-                        add(tap, shift, turn * isa.turn, isa.turn)
+                    with T.serial(0, turns) as i:
+                        add(tap, far, i * turn, turn)
                 if rest:
                     with T.serial(0, rest) as k:
-                        add(tap, shift, turns * isa.turn + k, 1)
+                        add(tap, far, turns * turn + k, 1)
             for r in range(rows):
 
                 def finish(r: int = r) -> None:
@@ -373,7 +405,10 @@ def _panel(
                     for v in range(vectors):
                         valid = min(lanes, columns - v * lanes)
                         cells = line[v * isa.height : (v + 1) * isa.height]
-                        epilogue(row + r, group * p.columns + column + v * lanes, valid, row_sums(isa, cells, r))
+                        total = row_sums(isa, cells, r)
+                        if narrow:
+                            total = T.bind(total << fill(T.int32(8 - p.bits), lanes))
+                        epilogue(row + r, group * p.columns + column + v * lanes, valid, total)
 
                 always = count is not None and count % rows == 0 and chunk % rows == 0
                 when(True if always else row + r < last, finish)

@@ -14,9 +14,30 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.targets import Target, require_cpu
+from t3c_compile.passes.ops.nested import WEIGHT_QMAX
 
 QUAD = 4  # int8 values a lane
 BLOCK = 16  # outputs a packed weight block
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Products of weights of fewer than 8 bits, as whole numbers of their own width: int16 holds the sums of several
+    words.
+
+    ``pairs(activations, weights)``: products of neighbours added up, uint8 x 4 lanes, int8 x 4 lanes, int16 x 2 lanes.
+    ``widened(acc, pairs)`` adds such sums to int32 x lanes.
+    """
+
+    pairs: Callable[[Expr, Expr], Expr]
+    widened: Callable[[Expr, Expr], Expr]
+
+    @staticmethod
+    def words(bits: int) -> int:
+        """Words whose pairs int16 holds the sum of: a power of two."""
+        step = 1 << (8 - bits)
+        most = (WEIGHT_QMAX + step // 2) // step
+        return 1 << (0x7FFF // (2 * 0xFF * most)).bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,8 @@ class Isa:
     ``turn``: words that are loaded at once of each row.
     ``narrows_panels``: weights of fewer bits are rounded once for a task's rows, not for each tile, because rounding
     takes the units that ``dot`` does.
+    ``panel``: vectors side by side in a tile that is not tuned.
+    ``narrow``: set where the weights have fewer bits and are multiplied so, see :func:`for_weights`.
     """
 
     name: str
@@ -39,6 +62,8 @@ class Isa:
     height: int = 1
     turn: int = 1
     narrows_panels: bool = False
+    panel: int = 4
+    narrow: Narrow | None = None
 
     @property
     def word(self) -> int:
@@ -56,8 +81,8 @@ class Isa:
 
     @property
     def fetches(self) -> bool:
-        """Whether a product asks for weights ahead: measured to pay on x86 alone."""
-        return self.lanes > 4
+        """Whether a product asks for weights ahead: measured to pay with AVX512 alone."""
+        return self.lanes > 8
 
     @property
     def offset(self) -> int:
@@ -69,11 +94,6 @@ class Isa:
         """The int32 word that, by exclusive or, adds ``offset`` to four int8 values."""
         return -0x7F7F7F80 if self.unsigned else 0
 
-    def panel(self) -> int:
-        """Vectors side by side in a row-by-column tile (linear layers)."""
-        return 4 if self.registers >= 24 else 2
-
-
 def _vnni_dot(lanes: int, acc: Expr, activations: Expr, weights: Expr) -> Expr:
     # Of 256 bits LLVM has one intrinsic for AVX512-VNNI and AVX-VNNI.
     intrinsic = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
@@ -84,7 +104,18 @@ def _avx2_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
     # |x| as uint8 times sign(x) * w. Weights are within +-119: a pair is at most 2 * 128 * 119, inside int16.
     magnitude = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", activations, activations)
     signed = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", weights, activations)
-    pairs = T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", magnitude, signed)
+    return _avx2_widened(acc, _avx2_pairs(magnitude, signed))
+
+
+def _avx2_narrow_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
+    return _avx2_widened(acc, _avx2_pairs(activations, weights))
+
+
+def _avx2_pairs(activations: Expr, weights: Expr) -> Expr:
+    return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", activations, weights)
+
+
+def _avx2_widened(acc: Expr, pairs: Expr) -> Expr:
     return acc + T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", pairs, T.broadcast(T.int16(1), 16))
 
 
@@ -122,13 +153,24 @@ def _isa(
 
 
 _ISAS = {
-    "avx512vnni": Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16)),
-    "avxvnni": Isa("avxvnni", 8, 12, True, partial(_vnni_dot, 8)),
+    "avx512vnni": Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True),
+    "avxvnni": Isa("avxvnni", 8, 12, True, partial(_vnni_dot, 8), narrows_panels=True, panel=2),
     "avx2": _isa("avx2", 8, 8, _avx2_dot),
     "i8mm": _isa("i8mm", 4, 24, _smmla, height=2, narrows_panels=True),
     "dotprod": _isa("dotprod", 4, 24, _sdot, turn=4, narrows_panels=True),
     "neon": _isa("neon", 4, 24, _neon_dot),
 }
+
+
+# Three rows of two vectors leave registers for the int16 sums.
+_NARROW = {"avx2": Isa("avx2", 8, 6, True, _avx2_narrow_dot, panel=2, narrow=Narrow(_avx2_pairs, _avx2_widened))}
+
+
+def for_weights(isa: Isa, bits: int, rows: int | None) -> Isa:
+    """The instruction set to multiply many (or unknown) ``rows`` with weights of ``bits``: ``isa`` or one of its own,
+    which has activations in another form."""
+    few = rows is not None and rows <= isa.registers
+    return isa if bits == 8 or few else _NARROW.get(isa.name, isa)
 
 
 def by_lane(isa: Isa) -> Isa:

@@ -119,9 +119,10 @@ class Images:
         return Rows(self.buffer, place, w.kernel, shift)
 
     def read(self, x: Buffer) -> None:
-        """Take ``x`` [batch, H, W, channels], in the dot product's form: as it lies, or copied and padded."""
+        """Take ``x`` [batch, H, W, channels], int8 or uint8 with 128 added: as it lies, or copied and padded."""
         w, (rows, columns), channels = self._window, self._size, self._channels
-        if self._picked and w.stride == (1, 1) and channels == self._stride:
+        as_read = x.dtype == self._isa.activation_dtype
+        if as_read and self._picked and w.stride == (1, 1) and channels == self._stride:
             self.buffer = x
             return
         self.allocate()
@@ -191,8 +192,15 @@ class Images:
                 self._blank(row + (left + w.size[1]) * self._stride, (columns - left - w.size[1]) * self._stride)
 
     def _copy(self, x: Buffer, source: Index, target: Index, count: int) -> None:
-        lanes = self._isa.lanes * QUAD
-        chunks(count, lanes, lambda i, n: store(self.buffer, target + i, load(x, source + i, n), n))
+        isa = self._isa
+
+        def copy(i: Index, n: int) -> None:
+            value = load(x, source + i, n)
+            if x.dtype != isa.activation_dtype:
+                value = T.reinterpret(vec(isa.activation_dtype, n), value) ^ fill(T.cast(128, isa.activation_dtype), n)
+            store(self.buffer, target + i, value, n)
+
+        chunks(count, isa.lanes * QUAD, copy)
 
     def _blank(self, start: Index, count: int) -> None:
         isa = self._isa

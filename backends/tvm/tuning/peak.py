@@ -14,7 +14,7 @@ _STEPS, _WORDS = 1 << 14, 16
 
 def _tile(isa: Isa) -> tuple[int, int]:
     """Rows and vectors of accumulators."""
-    return isa.registers // isa.panel(), isa.panel()
+    return isa.registers // isa.panel, isa.panel
 
 
 def peak_operations(isa: Isa) -> int:
