@@ -6,7 +6,7 @@ Every engine runs in a process of its own, on as many cores as threads; engines 
 stopped, so that no thread pool spins beside the one measured. A figure is the median over rounds of a round's median.
 ``error`` is the relative 2-norm of the logits' difference from torch's in float32 (weights are random, so that of
 factorized profiles says nothing of a trained model). ``of_best`` is the ratio to the best int8 peer of the same run.
-Results go to ``benchmarks/results/latency.json``, in place of those of the same model, batch and threads; prepared
+Results go to ``benchmarks/results/latency.json``, in place of those of the same CPU, model, batch and threads; prepared
 models stay in ``build/latency``.
 """
 
@@ -25,6 +25,8 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.engines import ENGINES, INT8_PEERS
+from t3c_compile.backends.targets import host_target
+from t3c_compile.backends.tvm.tuning.records import cpu_of
 from t3c_compile.show import show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +145,8 @@ def compare(model: str, batch: int, threads: int, engines: list[str], bar: Progr
                 "error": engine.error,
             }
         )
-    case = {"model": model, "batch": batch, "threads": threads, "load": round(os.getloadavg()[0], 2)}
+    load = round(os.getloadavg()[0], 2)
+    case = {"cpu": cpu_of(host_target()), "model": model, "batch": batch, "threads": threads, "load": load}
     return [case | row for row in sorted(rows, key=lambda row: -row.get("ms", 1e9))]
 
 
@@ -160,8 +163,8 @@ def main() -> None:
         for model in chosen.models:
             for batch in chosen.batch:
                 for threads in chosen.threads:
-                    case = (model, batch, threads)
-                    kept = [row for row in kept if (row["model"], row["batch"], row["threads"]) != case]
+                    case = (cpu_of(host_target()), model, batch, threads)
+                    kept = [row for row in kept if (row["cpu"], row["model"], row["batch"], row["threads"]) != case]
                     results += compare(model, batch, threads, chosen.engines, bar)
                     RESULTS.parent.mkdir(exist_ok=True)
                     RESULTS.write_text(json.dumps(kept + results, indent=1) + "\n", encoding="utf-8")
