@@ -94,6 +94,7 @@ class Isa:
         """The int32 word that, by exclusive or, adds ``offset`` to four int8 values."""
         return -0x7F7F7F80 if self.unsigned else 0
 
+
 def _vnni_dot(lanes: int, acc: Expr, activations: Expr, weights: Expr) -> Expr:
     # Of 256 bits LLVM has one intrinsic for AVX512-VNNI and AVX-VNNI.
     intrinsic = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
