@@ -1,10 +1,10 @@
 """Nested integer weights: one int8 store whose rounded top bits are every lower width.
 
 A weight is an integer ``q`` in [-119, 119]. At ``bits`` < 8 it is the nearest multiple of ``step = 2**(8 - bits)``,
-still an int8 at the same scale. Of two that are as near it is the even one: integers lie in the middle often (half of them at
-7 bits), and if all went up, the weights of an output would be too large by half a unit in the mean, which many positive
-inputs add up. The limit of 119 (not 127) keeps the rounding inside ``bits`` signed bits for every width from 4 to 8, so
-no clamp is needed in a kernel.
+still an int8 at the same scale. Of two that are as near it is the even one: integers lie in the middle often (half of
+them at 7 bits), and if all went up, the weights of an output would be too large by half a unit in the mean, which many
+positive inputs add up. The limit of 119 (not 127) keeps the rounding inside ``bits`` signed bits for every width from
+4 to 8, so no clamp is needed in a kernel.
 """
 
 import torch
