@@ -3,7 +3,8 @@
 The peak is measured beside them: the same dot product (int8) or fused multiply-add (float32) on registers and a few
 cached bytes. Products are whole kernels with their epilogue: int8 reads and writes int8, float32 reads and writes
 float32; weights are packed and lie in cache as far as they fit. Every round runs each once, in turn; a figure is the
-share of the median peak that the median round reached. Results go to ``benchmarks/results/gemm.json``.
+share of the median peak that the median round reached. Results go to ``benchmarks/results/gemm.json``, in place of those
+of the same CPU.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear
 from t3c_compile.backends.tvm.kernels.pack import lanes_of_matrix, words_of_matrix
 from t3c_compile.backends.tvm.tuning.peak import peak, peak_arguments, peak_operations
+from t3c_compile.backends.tvm.tuning.records import cpu_of
 
 RESULTS = Path(__file__).parent / "results/gemm.json"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 197, 256, 512)
@@ -112,7 +114,8 @@ def main() -> None:
     threads = parser.parse_args().threads
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
-    console, results = Console(), []
+    console, cpu = Console(), cpu_of(host_target())
+    results = [result for result in json.loads(RESULTS.read_text()) if result["cpu"] != cpu] if RESULTS.exists() else []
     makers: tuple[tuple[str, Case, Callable[[int, int, int], Case]], ...] = (
         ("int8", int8_peak(), int8_product),
         ("float32", float_peak(), float_product),
@@ -126,7 +129,8 @@ def main() -> None:
             table.add_row(str(m), *(f"{found[f'{m}x{k}x{n}'] / top:.0%}" for k, n in SHAPES))
         console.print(table)
         shares = {name: round(found[name] / top, 3) for name in cases}
-        results.append({"dtype": dtype, "threads": threads, "peak_gops": round(top / 1e9, 1), "shares": shares})
+        found_here = {"dtype": dtype, "threads": threads, "peak_gops": round(top / 1e9, 1), "shares": shares}
+        results.append({"cpu": cpu} | found_here)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
