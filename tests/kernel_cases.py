@@ -110,6 +110,7 @@ def build_cases() -> list[Case]:
         (13, 33, 17, 6, 127),
         (197, 40, 10, 8, 5),
         (100, 129, 130, 4, -3),
+        (40, 45, 70, 7, -128),
     ]:
         make.int8_linear(rows, inputs, outputs, bits, zero_point)
     # Tiles that tuning may choose: one vector, more than a block, tall ones, tasks that end inside a tile.
@@ -147,7 +148,7 @@ def build_cases() -> list[Case]:
         # batch, channels, height, width, outputs, kernel, stride, padding, dilation, groups, bits, zero point
         (1, 8, 6, 6, 8, 1, 1, 0, 1, 1, 8, 0),
         (2, 3, 9, 7, 5, 3, 1, 1, 1, 1, 8, -128),
-        (1, 3, 20, 33, 12, 7, 2, 3, 1, 1, 8, 127),
+        (1, 3, 20, 33, 12, 7, 2, 3, 1, 1, 6, 127),
         (1, 16, 14, 14, 32, 3, 2, 1, 1, 1, 4, -3),
         (1, 10, 13, 12, 33, 3, 1, 2, 2, 1, 6, 9),
         (1, 12, 10, 11, 18, 3, 1, 1, 1, 2, 8, 4),
