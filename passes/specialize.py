@@ -143,8 +143,8 @@ def as_dense(layer: ElasticLayer) -> ElasticLayer:
 
 
 def with_dense(model: ElasticGraphModule, names: Iterable[str]) -> ElasticGraphModule:
-    """A copy of ``model`` in which the named layers have their factors multiplied out."""
-    copied = copy.deepcopy(model)
+    """A copy of ``model``, which shares its parameters, in which the named layers have their factors multiplied out."""
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for name in names:
         copied.add_submodule(name, as_dense(copied.get_submodule(name)))  # type: ignore[arg-type]
     return copied

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from t3c_compile.passes.errors import T3CError
     from t3c_compile.passes.state import load_state
     from t3c_compile.runtime import InputError, Session, load
+    from t3c_compile.sensing import sensitivity
     from t3c_compile.signing import SignatureError, sign
     from t3c_compile.snapping import snap
     from t3c_compile.training import train
@@ -40,6 +41,7 @@ _HOME = {
     "load_state": "passes.state",
     "lower": "artifact",
     "restore": "checkpoint",
+    "sensitivity": "sensing",
     "sign": "signing",
     "snap": "snapping",
     "train": "training",
@@ -64,6 +66,7 @@ __all__ = [
     "load_state",
     "lower",
     "restore",
+    "sensitivity",
     "sign",
     "snap",
     "train",

@@ -1,6 +1,6 @@
 """Chains: each layer's options in order, on a grid of ranks and widths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,3 +64,8 @@ def chains(
         name: layer_chain(layer, grid, None if pays is None else partial(pays, name))
         for name, layer in elastic_layers(elastic)
     }
+
+
+def dense_layers(elastic: ElasticGraphModule, ladder: Mapping[str, tuple[Option, ...]]) -> list[str]:
+    """The layers with factors that the chains of ``ladder`` run dense."""
+    return [name for name, layer in elastic_layers(elastic) if layer.form != "dense" == ladder[name][0].form]

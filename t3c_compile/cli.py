@@ -140,6 +140,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(c, "folder to write, such as MODEL-onnx")
 
     c = add(
+        "sensitivity",
+        commands.sensitivity,
+        "show what every rank and width of every layer alone does to the outputs",
+        "t3c-compile sensitivity trained.safetensors --data my.data:validation -o map.html",
+        "t3c-compile sensitivity trained.safetensors --data my.data:validation --json",
+    )
+    _add_model(c)
+    c.add_argument("--target", action="append", help="whose ranks and widths layers have (default x86_64)")
+    _add_file(c, "-o", "--output", help="map to draw: a page, such as map.html, or an image, such as map.png")
+
+    c = add(
         "certify",
         commands.certify,
         "bound the drift of an artifact's profiles from the full model, on samples",

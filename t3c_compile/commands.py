@@ -125,6 +125,31 @@ def export(arguments: argparse.Namespace) -> None:
     show_files(arguments.output, files, arguments.json)
 
 
+def sensitivity(arguments: argparse.Namespace) -> None:
+    from t3c_compile.loading import calibration_of
+    from t3c_compile.report.figures import draw_options, require_drawing
+    from t3c_compile.sensing import sensitivity
+
+    if arguments.data is None:
+        raise T3CError(f"sensitivity needs --data to measure on: {DATA_HELP}")
+    output = None if arguments.output is None else _file(arguments.output)
+    if output is not None:
+        require_drawing(output)  # what is wrong shows before the long work
+    checkpoint = _load(arguments)
+    samples, labels = calibration_of(arguments.data)
+    targets = arguments.target or ["x86_64"]
+    effects = sensitivity(checkpoint.model, samples, labels, targets, sys.stderr.isatty())
+    if output is not None:
+        draw_options(effects, output)
+    rows = [
+        {"layer": effect.layer, "rank": effect.option.rank or None, "bits": effect.option.bits}
+        | {"drift": effect.drift, "kl": effect.kl, "agreement": effect.agreement}
+        | {"accuracy": effect.accuracy, "accuracy_change": effect.accuracy_change}
+        for effect in effects
+    ]
+    show("each layer at each of its options, all others full", rows, arguments.json)
+
+
 def certify(arguments: argparse.Namespace) -> None:
     from t3c_compile.certifying import certify
     from t3c_compile.loading import read_reference, read_samples

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from t3c_compile.backends.targets import OWN_TARGETS, Target
 from t3c_compile.certificate import SpectralProxy, certified_drift, logits_of, observed_drifts
-from t3c_compile.chain import Grid, chains
+from t3c_compile.chain import Grid, chains, dense_layers
 from t3c_compile.cost import Cost, Times, kept_bytes, option_costs, profile_cost
 from t3c_compile.energy import MODELLED
 from t3c_compile.groups import Groups, group_top, layer_groups, member_levels
@@ -104,7 +104,7 @@ def snap(
             f"name a target with a finer grid or more widths, or describe one in a file named in {OWN_TARGETS}"
         )
     # A layer whose factors never pay on this grid is deployed dense, and so it is measured dense.
-    dense = [name for name, layer in elastic_layers(model) if layer.form != "dense" and ladder[name][0].form == "dense"]
+    dense = dense_layers(model, ladder)
     model = with_dense(model, dense) if dense else model
     errors: dict[str, dict[Option, float]] = {}
     with progress_bar(progress) as bar:
@@ -254,8 +254,10 @@ def _between(sizes: list[float], kept: list[int], measured: set[int]) -> list[in
     return [point for _, point in sorted(found)]
 
 
-def _quality(full: list[Tensor], logits: list[Tensor], drifts: Tensor, labels: Tensor | None) -> dict[str, float]:
-    """Means over predictions (a language model makes one per token); drifts are per sample."""
+def quality(full: list[Tensor], logits: list[Tensor], labels: Tensor | None) -> dict[str, float]:
+    """``kl``, ``agreement`` and ``accuracy`` as means over predictions (a language model makes one per token), and
+    ``drift`` by sample, of logits by batch from the full model's."""
+    drifts = observed_drifts(full, logits)
     pairs = list(zip(full, logits, strict=True))
     chosen = torch.cat([batch.argmax(-1).flatten() for batch in logits])
     agreed = torch.cat([batch.argmax(-1).flatten() for batch in full]) == chosen
@@ -309,8 +311,7 @@ def _measure(
     total = sum(terms.values())
     certificate = {"kind": "spectral", "bound": total, "layers": terms, "share": share, "statement": statement}
     _set_bound(certificate, bound)
-    quality = _quality(full, logits, drifts, labels)
-    return Profile("", options, activations, round(size), quality, certificate, costs)
+    return Profile("", options, activations, round(size), quality(full, logits, labels), certificate, costs)
 
 
 def _set_bound(certificate: dict[str, Any], bound: float) -> None:

@@ -1,9 +1,15 @@
-"""The page's plots as matplotlib figures, for papers and notebooks: ``pip install 't3c-compile[report]'``.
+"""The page's plots, and the map of ``sensitivity``, as matplotlib figures, for papers and notebooks:
+``pip install 't3c-compile[report]'``.
 
 Each function returns a new ``matplotlib.figure.Figure``; save it with ``figure.savefig(path)``.
 """
 
+from base64 import b64encode
 from collections import defaultdict
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t3c_compile.passes.errors import T3CError
@@ -14,8 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from t3c_compile.sensing import Effect
+
 _FIRST, _SECOND = "#0b6a8a", "#b45f14"
 _COSTS = {"latency_ms": "latency of a call, ms", "size_mb": "size of the weights, MB"}
+_EFFECTS = {
+    "drift": "drift of the logits, mean 2-norm",
+    "kl": "KL from the full model, nats",
+    "accuracy_change": "change of accuracy",
+}
+# Beyond it, options are not named in the cells of a map.
+_MOST_NAMED = 16
 _QUALITIES = {"accuracy": "accuracy on calibration data, %", "agreement": "same class as the full model, %"}
 
 
@@ -90,6 +105,80 @@ def plot_sensitivity(report: Report) -> "Figure":
     axes.set_yticks(range(len(values)), report.layers, fontsize=7)
     figure.colorbar(image, label="part of the bound, 2-norm")
     return figure
+
+
+def plot_options(effects: Sequence["Effect"], metric: str = "drift") -> "Figure":
+    """What every option of a layer alone does (``t3c_compile.sensitivity``): a map [layers, options], the options of a
+    chain from least to greatest, of ``drift``, ``kl`` or ``accuracy_change``."""
+    if metric not in _EFFECTS:
+        raise ReportError(f"there is no map of {metric!r}: name one of {', '.join(_EFFECTS)}")
+    if not _has(effects, metric):
+        raise ReportError(f"the effects have no {metric}: measure sensitivity with labels")
+    rows = {layer: list(found) for layer, found in groupby(effects, lambda effect: effect.layer)}
+    columns = max(len(row) for row in rows.values())
+    named = columns <= _MOST_NAMED
+    width = 2 + (0.45 if named else 0.2) * columns + 0.07 * max(map(len, rows))
+    figure, axes = _figure(width, max(3, 1 + 0.3 * len(rows)))
+    blank = float("nan")
+    values = [[getattr(e, metric) for e in row] + [blank] * (columns - len(row)) for row in rows.values()]
+    if metric == "accuracy_change":
+        most = max(abs(effect.accuracy_change or 0.0) for effect in effects) or 1.0
+        image = axes.imshow(values, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
+    else:
+        # Drifts of one network lie decades apart.
+        scale = "log" if any(value > 0 for row in values for value in row) else "linear"
+        image = axes.imshow(values, aspect="auto", cmap="Blues", norm=scale)
+    for place, row in enumerate(rows.values() if named else ()):
+        for column, effect in enumerate(row):
+            name = str(effect.option).removeprefix(effect.option.form).strip().replace(" ", "\n")
+            red, green, blue, _ = image.to_rgba(values[place][column])
+            ink = "white" if red + green + blue < 1.5 else "black"
+            axes.annotate(name, (column, place), ha="center", va="center", fontsize=5, color=ink)
+    axes.set_xticks([])
+    axes.set_xlabel("options of the layer from the least to the greatest, all others full")
+    axes.set_yticks(range(len(rows)), [layer.replace("$", r"\$") for layer in rows], fontsize=7)
+    figure.colorbar(image, label=_EFFECTS[metric])
+    return figure
+
+
+def require_drawing(output: Path) -> None:
+    """Raise :class:`ReportError` where ``output`` is neither a page nor an image that matplotlib can write."""
+    known = {"html", *_figure(1, 1)[0].canvas.get_supported_filetypes()}
+    if output.suffix.removeprefix(".") not in known:
+        raise ReportError(
+            f"cannot draw {output}: name it .html, or as an image ({', '.join(sorted(known - {'html'}))})"
+        )
+
+
+def draw_options(effects: Sequence["Effect"], output: Path) -> None:
+    """Write the map of drift as an image, or all maps there are as one HTML page that needs no network.
+
+    Raises:
+        ReportError: ``output`` is neither, or cannot be written.
+    """
+    require_drawing(output)
+    try:
+        if output.suffix == ".html":
+            output.write_text(_page([plot_options(effects, metric) for metric in _EFFECTS if _has(effects, metric)]))
+        else:
+            plot_options(effects).savefig(output)
+    except OSError as error:
+        raise ReportError(f"cannot write {output}: {error}") from error
+
+
+def _page(figures: Sequence["Figure"]) -> str:
+    """Figures below each other; names are drawn, so none is markup."""
+    images = []
+    for figure in figures:
+        drawn = BytesIO()
+        figure.savefig(drawn, format="svg")
+        images.append(f'<p><img src="data:image/svg+xml;base64,{b64encode(drawn.getvalue()).decode()}"></p>')
+    body = "\n".join(images)
+    return f'<!doctype html>\n<meta charset="utf-8">\n<title>Sensitivity</title>\n{body}\n'
+
+
+def _has(effects: Sequence["Effect"], metric: str) -> bool:
+    return all(getattr(effect, metric) is not None for effect in effects)
 
 
 def plot_layers(report: Report, profile: str) -> "Figure":
