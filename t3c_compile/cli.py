@@ -165,6 +165,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_file(c, "--sign", metavar="KEY", help=_KEY_HELP)
     c.add_argument("--resume", action="store_true", help="keep batches in ARTIFACT.resume until done, go on from there")
 
+    c = add(
+        "compare",
+        commands.compare,
+        "compare an artifact's outputs with torch's, and name the first node where they part",
+        "t3c-compile compare m.t3c --reference trained.safetensors --data my.data:validation",
+    )
+    _add_file(c, "artifact")
+    _add_file(c, "--reference", required=True, help="the t3c checkpoint that was lowered")
+    c.add_argument("--data", required=True, help=DATA_HELP)
+    c.add_argument("--target", help="whose library (default: the first that runs here)")
+
     c = add("sign", commands.sign, "sign an artifact", "t3c-compile sign m.t3c --key private.pem")
     _add_file(c, "artifact")
     _add_file(c, "--key", required=True, help=_KEY_HELP)

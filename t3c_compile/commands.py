@@ -174,6 +174,25 @@ def certify(arguments: argparse.Namespace) -> None:
     inspect(arguments)
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    from t3c_compile.checkpoint import Checkpoint
+    from t3c_compile.comparing import compare
+    from t3c_compile.loading import calibration_of
+
+    model, (samples, _) = Checkpoint.load(arguments.reference).model, calibration_of(arguments.data)
+    found = compare(arguments.artifact, model, samples, arguments.target, sys.stderr.isatty())
+    rows = []
+    for comparison in found:
+        where = comparison.divergence
+        row: dict[str, Any] = {"profile": comparison.profile, "difference": comparison.difference}
+        row |= {"node": where and where.node, "layer": where and where.layer, "op": where and where.op}
+        row |= {"node_difference": where and where.difference, "node_greatest": where and where.greatest}
+        rows.append(row | {"node_share": where and where.share})
+    show(f"{arguments.artifact}: greatest difference from torch's outputs, and where it begins", rows, arguments.json)
+    if any(comparison.difference and comparison.divergence is None for comparison in found) and not arguments.json:
+        print("compiled now, profiles without a node give what torch gives: lower the model again")
+
+
 def sign(arguments: argparse.Namespace) -> None:
     from t3c_compile.signing import sign
 
