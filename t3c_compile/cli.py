@@ -166,6 +166,17 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--resume", action="store_true", help="keep batches in ARTIFACT.resume until done, go on from there")
 
     c = add(
+        "bound",
+        commands.bound,
+        "bound the drift of a small network's profiles in the worst case, for all inputs near samples",
+        "t3c-compile bound m.t3c --reference trained.safetensors --data samples.npz --radius 0.01",
+    )
+    _add_file(c, "artifact")
+    _add_file(c, "--reference", required=True, help="the t3c checkpoint that was lowered")
+    _add_file(c, "--data", required=True, help="samples: a .npz file or a folder of .npy files, named as the input")
+    c.add_argument("--radius", type=float, required=True, help="greatest change of every number of an input")
+
+    c = add(
         "compare",
         commands.compare,
         "compare an artifact's outputs with torch's, and name the first node where they part",

@@ -174,6 +174,30 @@ def certify(arguments: argparse.Namespace) -> None:
     inspect(arguments)
 
 
+def bound(arguments: argparse.Namespace) -> None:
+    from t3c_compile.bounding import bound_near
+    from t3c_compile.checkpoint import Checkpoint
+    from t3c_compile.loading import read_samples
+    from t3c_compile.profile import Profile
+
+    manifest = read_manifest(Path(arguments.artifact))
+    samples, model = read_samples(arguments.data, manifest["inputs"])[0], Checkpoint.load(arguments.reference).model
+    profiles = [Profile.from_json(profile) for profile in manifest["profiles"]]
+    found = bound_near(model, profiles, samples, arguments.radius, sys.stderr.isatty())
+    rows: list[dict[str, Any]] = []
+    for profile, (bounds, reason) in zip(profiles, found, strict=True):
+        row: dict[str, Any] = {"profile": profile.name, "samples": len(samples), "bounded": len(bounds)}
+        for name in ("linf", "l2"):
+            values = sorted(getattr(bound, name) for bound in bounds)
+            row |= {f"{name}_median": values[len(values) // 2] if values else None}
+            row |= {f"{name}_greatest": values[-1] if values else None}
+        rows.append(row | ({"reason": reason} if arguments.json else {}))
+    show(f"{arguments.artifact}: drift of any input within {arguments.radius:g} of a sample", rows, arguments.json)
+    for profile, (_, reason) in zip(profiles, found, strict=True):
+        if reason is not None and not arguments.json:
+            print(f"{profile.name}: {reason}")
+
+
 def compare(arguments: argparse.Namespace) -> None:
     from t3c_compile.checkpoint import Checkpoint
     from t3c_compile.comparing import compare
