@@ -89,7 +89,12 @@ def tune(arguments: argparse.Namespace) -> None:
 
     target = get_target(arguments.target) if arguments.target else host_target()
     # What is wrong shows before the long work.
-    open_records(_file(arguments.records), target, remote=bool(arguments.rpc or arguments.tracker))
+    remote = bool(arguments.rpc or arguments.tracker)
+    if remote:
+        from t3c_compile.backends.tvm.farm.devices import find_devices
+
+        find_devices(arguments.rpc or (), arguments.tracker, arguments.key)
+    open_records(_file(arguments.records), target, remote)
     checkpoint, profiles = _snap(arguments, [target], measure=True)
     rows = tune(
         checkpoint.model,
@@ -167,15 +172,13 @@ def verify(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from t3c_compile.runtime import InputError, load
+    from t3c_compile.measuring import made_up
+    from t3c_compile.runtime import load
 
     if arguments.output:
         _file(arguments.output)
     session = load(arguments.artifact, arguments.target, arguments.verify)
-    try:
-        inputs = [np.load(path, allow_pickle=False) for path in arguments.inputs] or _made_up(session.inputs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read inputs: {error}") from error
+    inputs = _arrays(arguments.inputs) or made_up(session.inputs)
     if arguments.profile:
         profile = session.set_profile(arguments.profile)
     else:
@@ -188,6 +191,30 @@ def run(arguments: argparse.Namespace) -> None:
     row = {"target": session.target, "profile": profile.name, "size_mb": profile.size_mb}
     row |= {"latency_ms": profile.latency_ms, "output": "x".join(map(str, first.shape)), "mean": float(first.mean())}
     show(arguments.artifact, [row], arguments.json)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from t3c_compile.benching import bench
+
+    found = bench(
+        arguments.artifact,
+        _arrays(arguments.inputs) or None,
+        target=arguments.target,
+        rpc=arguments.rpc or (),
+        tracker=arguments.tracker,
+        key=arguments.key,
+        timeout=arguments.timeout,
+        save=arguments.save,
+        sign_key=arguments.sign,
+        progress=sys.stderr.isatty(),
+    )
+    rows = [
+        {"target": m.target, "profile": m.profile, "latency_ms": m.latency_ms, "latency_p90_ms": m.latency_p90_ms}
+        | {"before_ms": m.before_ms, "before": m.before.partition(":")[0].partition(" ")[0], "source": m.source}
+        for m in found
+    ]
+    title = "saved in the artifact" if arguments.save else "not saved (--save): before is what budgets are held against"
+    show(f"{arguments.artifact}: {title}", rows, arguments.json)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -210,6 +237,18 @@ def demo(arguments: argparse.Namespace) -> None:
     from t3c_compile.demo import demo
 
     demo(arguments.model or ["cnn", "vit"], arguments.seed, Path(arguments.output), arguments.json)
+
+
+def _arrays(paths: list[str]) -> list[Any]:
+    """Inputs of a model from ``.npy`` files."""
+    import numpy as np
+
+    from t3c_compile.runtime import InputError
+
+    try:
+        return [np.load(path, allow_pickle=False) for path in paths]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read inputs: {error}") from error
 
 
 def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
@@ -290,16 +329,3 @@ def _times(
         except (TuningError, RecordsError) as error:
             notes.append(f"profiles are chosen without times on {target.name}: {error}")
     return times, notes
-
-
-def _made_up(inputs: list[dict[str, Any]]) -> list[Any]:
-    """One sample of random numbers; zeros where an input holds integers, since any other may be no row of a table."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    found = []
-    for entry in inputs:
-        shape = [1 if isinstance(size, str) else size for size in entry["shape"]]
-        floating = np.issubdtype(np.dtype(entry["dtype"]), np.floating)
-        found.append((generator.standard_normal(shape) if floating else np.zeros(shape)).astype(entry["dtype"]))
-    return found
