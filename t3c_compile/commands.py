@@ -29,6 +29,7 @@ def transform(arguments: argparse.Namespace) -> None:
     output = _file(arguments.output)
     folder = output.with_name(f"{output.name}.resume") if arguments.resume else None
     checkpoint = _load(arguments, folder)
+    _note_what_cannot_be_lowered(checkpoint)
     checkpoint.save(output)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -49,6 +50,7 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.data is None:
         raise T3CError(f"train needs --data: {DATA_HELP}")
     checkpoint = _load(arguments)
+    _note_what_cannot_be_lowered(checkpoint)
     result = train(
         checkpoint.model,
         batches_of(arguments.data),
@@ -123,7 +125,7 @@ def export(arguments: argparse.Namespace) -> None:
         export = export_onnx
     targets = [get_target(name) for name in arguments.target or ["x86_64"]]
     output = _place(arguments.output)
-    checkpoint, profiles = _snap(arguments, targets)
+    checkpoint, profiles = _snap(arguments, targets, lowering=False)
     export(checkpoint.model, profiles.profiles, output, checkpoint.example_inputs)
     suffix = "mlir" if dialect else "onnx"
     files = {f"{profile.name}.{suffix}": profile.to_json() for profile in profiles.profiles}
@@ -286,14 +288,35 @@ def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
     return chosen | {"rpc": chosen["rpc"] or (), "key": chosen["key"] or "", "progress": sys.stderr.isatty()}
 
 
-def _snap(arguments: argparse.Namespace, targets: list[Any], measure: bool = False) -> tuple[Any, Any]:
-    """The checkpoint a command names, and its profiles; ``measure``: by the times in ``--records``."""
+def _note_what_cannot_be_lowered(checkpoint: Any) -> None:
+    """Ops without code are noted in the report, and said: the model may have another use than an artifact."""
+    from t3c_compile.lowerable import require_lowering
+
+    try:
+        require_lowering(checkpoint.model, checkpoint.example_inputs, [get_target("x86_64-v3")])
+    except Exception as error:
+        # Of an op that it has no code for, TVM raises what it likes.
+        said = error if isinstance(error, T3CError) else f"{type(error).__name__}: {error}"
+        note = f"`lower` and `tune` will refuse this model: {said}"
+        print(f"t3c-compile: note: {note}", file=sys.stderr)
+        notes = checkpoint.model.report.notes
+        notes.extend([] if note in notes else [note])
+
+
+def _snap(
+    arguments: argparse.Namespace, targets: list[Any], measure: bool = False, lowering: bool = True
+) -> tuple[Any, Any]:
+    """The checkpoint a command names, and its profiles; ``measure``: by the times in ``--records``; ``lowering``: what
+    cannot be lowered is refused first."""
     if arguments.data is None:
         raise T3CError(f"{arguments.command} needs --data to calibrate activations and certificates: {DATA_HELP}")
     from t3c_compile.loading import calibration_of
+    from t3c_compile.lowerable import require_lowering
     from t3c_compile.snapping import snap
 
     checkpoint = _load(arguments)
+    if lowering:
+        require_lowering(checkpoint.model, checkpoint.example_inputs, targets)
     calibration, labels = calibration_of(arguments.data)
     times, notes = _times(arguments, checkpoint.model, calibration[0], targets) if measure else ({}, [])
     profiles = snap(
