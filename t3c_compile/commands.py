@@ -312,12 +312,15 @@ def _snap(
         raise T3CError(f"{arguments.command} needs --data to calibrate activations and certificates: {DATA_HELP}")
     from t3c_compile.loading import calibration_of
     from t3c_compile.lowerable import require_lowering
+    from t3c_compile.passes.fit_inputs import require_fitting
     from t3c_compile.snapping import snap
 
     checkpoint = _load(arguments)
     if lowering:
         require_lowering(checkpoint.model, checkpoint.example_inputs, targets)
     calibration, labels = calibration_of(arguments.data)
+    for index, inputs in enumerate(calibration):
+        require_fitting(checkpoint.model, inputs, f"{arguments.data}(): batch {index}")
     times, notes = _times(arguments, checkpoint.model, calibration[0], targets) if measure else ({}, [])
     profiles = snap(
         checkpoint.model,

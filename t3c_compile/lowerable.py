@@ -17,8 +17,8 @@ from t3c_compile.snapping import grid_of
 def require_lowering(model: ElasticGraphModule, example_inputs: tuple[Tensor, ...], targets: Sequence[Target]) -> None:
     """Raise where ``lower`` would refuse an op of ``model`` for one of ``targets``.
 
-    Profiles differ in numbers alone, so one is taken all the way to the kernels, none of which is compiled: about as much
-    work as the transform of a small model.
+    Profiles differ in numbers alone, so one is taken all the way to the kernels, none of which is compiled: about as
+    much work as the transform of a small model.
 
     Args:
         example_inputs: as for ``transform``.
