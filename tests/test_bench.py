@@ -15,14 +15,14 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from nets import mlp
+from torch import nn
 from tvm import rpc
 
 import t3c_compile
 from t3c_compile import snapping
 from t3c_compile.artifact import lower
 from t3c_compile.backends.targets import get_target
-from t3c_compile.backends.tvm.farm.devices import DeviceError, Remote
+from t3c_compile.backends.tvm.farm.devices import DeviceError, Remote, find_devices
 from t3c_compile.backends.tvm.farm.profiles import ProfileError, measure_profiles
 from t3c_compile.benching import BenchError, bench
 from t3c_compile.cli import main
@@ -38,9 +38,9 @@ class Lowered:
     """An artifact of three profiles for this machine and for arm64, and each profile's outputs for ``X`` in torch."""
 
     def __init__(self, folder: Path) -> None:
-        model, inputs = mlp()
-        elastic = transform(model, inputs)
         torch.manual_seed(0)
+        inputs = (torch.randn(5, 64),)
+        elastic = transform(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10)).eval(), inputs)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snapping, "drop_dominated", lambda profiles: (profiles, []))
             targets = [get_target(name) for name in TARGETS]
@@ -113,6 +113,9 @@ def test_boards_measure_side_by_side_and_one_is_lost(
 
 def test_an_rpc_server_of_this_machine(lowered: Lowered, server: rpc.Server, tmp_path: Path) -> None:
     path, device = lowered.copy(tmp_path), Remote(f"127.0.0.1:{server.port}", "here")
+    assert find_devices([device.address], key="here") == [device]
+    with pytest.raises(DeviceError, match=rf"{device.address} does not take the key 'there': name its own \(--key\)"):
+        find_devices([device.address], key="there")
     for measured in bench(path, [X], target="x86_64", rpc=[device.address], key="here"):
         np.testing.assert_array_equal(measured.outputs[0], lowered.outputs[measured.profile])
         assert measured.source.startswith(f"measured on {device.address} over RPC, ")
@@ -129,7 +132,7 @@ def test_an_rpc_server_of_this_machine(lowered: Lowered, server: rpc.Server, tmp
 
 
 def test_what_is_saved_is_what_budgets_go_by(
-    lowered: Lowered, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lowered: Lowered, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = lowered.copy(tmp_path)
     np.save(tmp_path / "x.npy", X)
@@ -152,6 +155,14 @@ def test_what_is_saved_is_what_budgets_go_by(
     assert {(row["target"], row["latency_source"]) for row in shown} == {("x86_64", "measured"), ("arm64", "roofline")}
     assert main(command) == 0
     assert {row["before"] for row in json.loads(capsys.readouterr().out)} == {"measured"}
+
+    # Energy where there is a meter; where there is none the modelled one stays.
+    assert all(profile.energy_source.startswith("modelled") for profile in session.profiles)
+    found = {"latency_ms": 1.0, "latency_p90_ms": 2.0, "energy_mj": 3.0, "energy_source": "measured: a meter"}
+    monkeypatch.setattr("t3c_compile.benching.measure", lambda *_: [dict(found) for _ in rows])
+    bench(path, save=True)
+    for profile in t3c_compile.load(path).profiles:
+        assert (profile.latency_ms, profile.energy_mj, profile.energy_source) == (2.0, 3.0, "measured: a meter")
 
 
 def test_a_signature_is_never_left_invalid(lowered: Lowered, tmp_path: Path) -> None:
@@ -177,11 +188,17 @@ def test_what_cannot_be_measured_is_refused_at_once(lowered: Lowered, tmp_path: 
         bench(path, rpc=["127.0.0.1:1"])
     with pytest.raises(t3c_compile.ArtifactError, match="has no target 'z80'; it has x86_64, arm64"):
         bench(path, target="z80")
-    with pytest.raises(t3c_compile.InputError, match="input 'x' has shape"):
+    with pytest.raises(t3c_compile.InputError, match="input 'input' has shape"):
         bench(path, [X[:, 1:]])
     with pytest.raises(DeviceError, match=r"the RPC server at 127.0.0.1:1 cannot be reached: .*refused"):
         bench(path, target="arm64", rpc=["127.0.0.1:1"])
     manifest = read_manifest(path)
+    manifest["targets"]["x86_64"]["npu"] = {}
+    write_manifest(path, manifest)
+    with pytest.raises(
+        BenchError, match="x86_64: an NPU's costs are its compiler's estimate; arm64: it is for aarch64"
+    ):
+        bench(path)
     manifest["targets"]["x86_64"] |= {"kind": "cuda", "arch": "sm_80"}
     write_manifest(path, manifest)
     with pytest.raises(BenchError, match="target x86_64 is of kind cuda, and over RPC only CPUs are measured"):

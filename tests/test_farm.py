@@ -137,9 +137,21 @@ def test_where_no_device_is(tmp_path: Path, tracker: str, capsys: pytest.Capture
         free = listening.getsockname()[1]
     with pytest.raises(DeviceError, match=rf"the tracker at 127.0.0.1:{free} cannot be reached: .*refused"):
         find_devices(tracker=f"127.0.0.1:{free}", key="board")
+    with pytest.raises(
+        DeviceError, match=rf"server at 127.0.0.1:{free} cannot be reached: .*refused.*rpc_server .*{free}"
+    ):
+        find_devices([f"127.0.0.1:{free}"])
+    with pytest.raises(DeviceError, match=f"what listens at {tracker} is no TVM RPC server"):
+        find_devices([tracker])
     with pytest.raises(DeviceError, match="'board' is no HOST:PORT"):
         find_devices(["board"])
     assert find_devices() == [None]
+    # Before the model is even looked for.
+    tune = ["tune", "gone.pt", "--data", "gone:data", "--records", str(tmp_path / "r"), "--target", "arm64"]
+    for option, what in (("--rpc", "RPC server"), ("--tracker", "tracker")):
+        assert main([*tune, option, f"127.0.0.1:{free}"]) == 1
+        assert f"error: the {what} at 127.0.0.1:{free} cannot be reached: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["tune", "m", "--records", str(tmp_path / "r"), "--rpc", "a:1", "--tracker", "b:2"])
+        main([*tune, "--rpc", "a:1", "--tracker", "b:2"])
     assert "not allowed with argument" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -62,13 +62,13 @@ def _require_server(address: str, key: str) -> None:
     try:
         with socket.create_connection((host, int(port)), _CONNECT_SECONDS) as server:
             server.sendall(struct.pack("<ii", base.RPC_MAGIC, len(nobody)) + nobody)
-            (code,) = struct.unpack("<i", base.recvall(server, 4))
+            answer = server.recv(4)
     except (OSError, OverflowError) as error:
         raise DeviceError(
             f"the RPC server at {address} cannot be reached: {error}. Start it on the device with `python -m "
             f"tvm.exec.rpc_server --host 0.0.0.0 --port {port}`, or wait: one at work does not answer others"
         ) from error
-    if code != base.RPC_CODE_MISMATCH:
+    if answer != struct.pack("<i", base.RPC_CODE_MISMATCH):
         raise DeviceError(f"what listens at {address} is no TVM RPC server: name its port, or a --tracker")
     try:
         rpc.connect(host, int(port), key, session_timeout=_CONNECT_SECONDS)
