@@ -37,9 +37,10 @@ def serve(
         found = None
         try:
             found = answer(session, request)
-        except Exception:
-            # What ends a session: code that crashes or hangs, or a device that is lost.
+        except Exception as error:
+            # What ends a session: code that crashes or hangs, or a device that is lost. Users are told the last line.
             traceback.print_exc()
+            print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         del session
         print(json.dumps(found), flush=True)
 
