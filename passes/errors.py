@@ -17,5 +17,9 @@ class NothingToCompressError(T3CError):
     """No linear or convolution of the model can be made elastic."""
 
 
+class DataError(T3CError):
+    """Data does not fit the model: in the number, dtype or shape of its inputs, or in its labels."""
+
+
 class BadWeightsError(T3CError):
     """A parameter holds NaN or infinity."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t3c_compile.artifact import lower
+    from t3c_compile.benching import bench
     from t3c_compile.budget import Budget, BudgetError
     from t3c_compile.certifying import certify
     from t3c_compile.checkpoint import Checkpoint, CheckpointError, restore
@@ -36,6 +37,7 @@ _HOME = {
     "Session": "runtime",
     "SignatureError": "signing",
     "T3CError": "passes.errors",
+    "bench": "benching",
     "certify": "certifying",
     "load": "runtime",
     "load_state": "passes.state",
@@ -61,6 +63,7 @@ __all__ = [
     "Session",
     "SignatureError",
     "T3CError",
+    "bench",
     "certify",
     "load",
     "load_state",

@@ -260,15 +260,18 @@ def _reference_logits(reference: "Array | nn.Module", chunk: list[Array], part: 
     # Whoever has a module has torch loaded; certifying by logits does not need it.
     import torch
 
+    from t3c_compile.passes.fit_inputs import require_fitting
     from t3c_compile.passes.graph import ElasticGraphModule
     from t3c_compile.passes.path_gains import first_tensor
 
+    tensors = tuple(torch.from_numpy(array) for array in chunk)
     training = reference.training
     reference.eval()
     if isinstance(reference, ElasticGraphModule):
+        require_fitting(reference, tensors, "the reference")
         reference.set_full()
     with torch.no_grad():
-        outputs = reference(*[torch.from_numpy(array) for array in chunk])
+        outputs = reference(*tensors)
     reference.train(training)
     logits: Array = first_tensor(outputs).numpy()
     return logits

@@ -121,10 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--minutes", type=float, default=15.0, help="of measuring at the most (default 15)")
     c.add_argument("--threads", type=_count, help="that kernels run on (default: all cores)")
     c.add_argument("--report", action="store_true", help="only show how each kernel stands")
-    remote = c.add_mutually_exclusive_group()
-    remote.add_argument("--rpc", metavar="HOST:PORT", action="append", help="measure on a TVM RPC server; repeatable")
-    remote.add_argument("--tracker", metavar="HOST:PORT", help="measure on all devices of a TVM tracker with the key")
-    c.add_argument("--key", default="", help="of the RPC servers")
+    _add_devices(c)
 
     c = add(
         "export",
@@ -218,6 +215,22 @@ def build_parser() -> argparse.ArgumentParser:
     _add_file(c, "-o", "--output", help=".npy file for the first output")
 
     c = add(
+        "bench",
+        commands.bench,
+        "measure an artifact's profiles on this machine or on devices",
+        "t3c-compile bench m.t3c",
+        "t3c-compile bench m.t3c --target cortex-a76 --rpc 192.168.0.7:9090 --save",
+        "t3c-compile bench m.t3c tokens.npy --target cortex-a76 --tracker 192.168.0.2:9190 --key pi5 --json",
+    )
+    _add_file(c, "artifact")
+    _add_file(c, "inputs", nargs="*", help=".npy files; one made-up sample where none is given")
+    c.add_argument("--target", help="which of the artifact's targets (default: the first that runs here)")
+    _add_devices(c)
+    c.add_argument("--timeout", type=_count, default=300, help="seconds a profile may take on a device (default 300)")
+    c.add_argument("--save", action="store_true", help="write the latencies into the artifact, for budgets")
+    _add_file(c, "--sign", metavar="KEY", help=_KEY_HELP)
+
+    c = add(
         "inspect",
         commands.inspect,
         "show the profiles of an artifact or of an exported folder",
@@ -290,6 +303,14 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         ),
     ):
         command.add_argument(f"--{name}", choices=("int8", "float32"), help=what)
+
+
+def _add_devices(command: argparse.ArgumentParser) -> None:
+    """Devices that measure in this machine's place."""
+    remote = command.add_mutually_exclusive_group()
+    remote.add_argument("--rpc", metavar="HOST:PORT", action="append", help="measure on a TVM RPC server; repeatable")
+    remote.add_argument("--tracker", metavar="HOST:PORT", help="measure on all devices of a TVM tracker with the key")
+    command.add_argument("--key", default="", help="of the RPC servers")
 
 
 def _add_file(command: argparse.ArgumentParser, *names: str, **options: Any) -> None:

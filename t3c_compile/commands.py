@@ -29,6 +29,7 @@ def transform(arguments: argparse.Namespace) -> None:
     output = _file(arguments.output)
     folder = output.with_name(f"{output.name}.resume") if arguments.resume else None
     checkpoint = _load(arguments, folder)
+    _note_what_cannot_be_lowered(checkpoint)
     checkpoint.save(output)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -49,6 +50,7 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.data is None:
         raise T3CError(f"train needs --data: {DATA_HELP}")
     checkpoint = _load(arguments)
+    _note_what_cannot_be_lowered(checkpoint)
     result = train(
         checkpoint.model,
         batches_of(arguments.data),
@@ -89,7 +91,12 @@ def tune(arguments: argparse.Namespace) -> None:
 
     target = get_target(arguments.target) if arguments.target else host_target()
     # What is wrong shows before the long work.
-    open_records(_file(arguments.records), target, remote=bool(arguments.rpc or arguments.tracker))
+    remote = bool(arguments.rpc or arguments.tracker)
+    if remote:
+        from t3c_compile.backends.tvm.farm.devices import find_devices
+
+        find_devices(arguments.rpc or (), arguments.tracker, arguments.key)
+    open_records(_file(arguments.records), target, remote)
     checkpoint, profiles = _snap(arguments, [target], measure=True)
     rows = tune(
         checkpoint.model,
@@ -118,7 +125,7 @@ def export(arguments: argparse.Namespace) -> None:
         export = export_onnx
     targets = [get_target(name) for name in arguments.target or ["x86_64"]]
     output = _place(arguments.output)
-    checkpoint, profiles = _snap(arguments, targets)
+    checkpoint, profiles = _snap(arguments, targets, lowering=False)
     export(checkpoint.model, profiles.profiles, output, checkpoint.example_inputs)
     suffix = "mlir" if dialect else "onnx"
     files = {f"{profile.name}.{suffix}": profile.to_json() for profile in profiles.profiles}
@@ -235,15 +242,13 @@ def verify(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from t3c_compile.runtime import InputError, load
+    from t3c_compile.measuring import made_up
+    from t3c_compile.runtime import load
 
     if arguments.output:
         _file(arguments.output)
     session = load(arguments.artifact, arguments.target, arguments.verify)
-    try:
-        inputs = [np.load(path, allow_pickle=False) for path in arguments.inputs] or _made_up(session.inputs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read inputs: {error}") from error
+    inputs = _arrays(arguments.inputs) or made_up(session.inputs)
     if arguments.profile:
         profile = session.set_profile(arguments.profile)
     else:
@@ -256,6 +261,30 @@ def run(arguments: argparse.Namespace) -> None:
     row = {"target": session.target, "profile": profile.name, "size_mb": profile.size_mb}
     row |= {"latency_ms": profile.latency_ms, "output": "x".join(map(str, first.shape)), "mean": float(first.mean())}
     show(arguments.artifact, [row], arguments.json)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from t3c_compile.benching import bench
+
+    found = bench(
+        arguments.artifact,
+        _arrays(arguments.inputs) or None,
+        target=arguments.target,
+        rpc=arguments.rpc or (),
+        tracker=arguments.tracker,
+        key=arguments.key,
+        timeout=arguments.timeout,
+        save=arguments.save,
+        sign_key=arguments.sign,
+        progress=sys.stderr.isatty(),
+    )
+    rows = [
+        {"target": m.target, "profile": m.profile, "latency_ms": m.latency_ms, "latency_p90_ms": m.latency_p90_ms}
+        | {"before_ms": m.before_ms, "before": m.before.partition(":")[0].partition(" ")[0], "source": m.source}
+        for m in found
+    ]
+    title = "saved in the artifact" if arguments.save else "not saved (--save): before is what budgets are held against"
+    show(f"{arguments.artifact}: {title}", rows, arguments.json)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -278,6 +307,18 @@ def demo(arguments: argparse.Namespace) -> None:
     from t3c_compile.demo import demo
 
     demo(arguments.model or ["cnn", "vit"], arguments.seed, Path(arguments.output), arguments.json)
+
+
+def _arrays(paths: list[str]) -> list[Any]:
+    """Inputs of a model from ``.npy`` files."""
+    import numpy as np
+
+    from t3c_compile.runtime import InputError
+
+    try:
+        return [np.load(path, allow_pickle=False) for path in paths]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read inputs: {error}") from error
 
 
 def _load(arguments: argparse.Namespace, resume: Path | None = None) -> Any:
@@ -315,15 +356,39 @@ def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
     return chosen | {"rpc": chosen["rpc"] or (), "key": chosen["key"] or "", "progress": sys.stderr.isatty()}
 
 
-def _snap(arguments: argparse.Namespace, targets: list[Any], measure: bool = False) -> tuple[Any, Any]:
-    """The checkpoint a command names, and its profiles; ``measure``: by the times in ``--records``."""
+def _note_what_cannot_be_lowered(checkpoint: Any) -> None:
+    """Ops without code are noted in the report, and said: the model may have another use than an artifact."""
+    from t3c_compile.lowerable import require_lowering
+
+    try:
+        require_lowering(checkpoint.model, checkpoint.example_inputs, [get_target("x86_64-v3")])
+    except Exception as error:
+        # Of an op that it has no code for, TVM raises what it likes.
+        said = error if isinstance(error, T3CError) else f"{type(error).__name__}: {error}"
+        note = f"`lower` and `tune` will refuse this model: {said}"
+        print(f"t3c-compile: note: {note}", file=sys.stderr)
+        notes = checkpoint.model.report.notes
+        notes.extend([] if note in notes else [note])
+
+
+def _snap(
+    arguments: argparse.Namespace, targets: list[Any], measure: bool = False, lowering: bool = True
+) -> tuple[Any, Any]:
+    """The checkpoint a command names, and its profiles; ``measure``: by the times in ``--records``; ``lowering``: what
+    cannot be lowered is refused first."""
     if arguments.data is None:
         raise T3CError(f"{arguments.command} needs --data to calibrate activations and certificates: {DATA_HELP}")
     from t3c_compile.loading import calibration_of
+    from t3c_compile.lowerable import require_lowering
+    from t3c_compile.passes.fit_inputs import require_fitting
     from t3c_compile.snapping import snap
 
     checkpoint = _load(arguments)
+    if lowering:
+        require_lowering(checkpoint.model, checkpoint.example_inputs, targets)
     calibration, labels = calibration_of(arguments.data)
+    for index, inputs in enumerate(calibration):
+        require_fitting(checkpoint.model, inputs, f"{arguments.data}(): batch {index}")
     times, notes = _times(arguments, checkpoint.model, calibration[0], targets) if measure else ({}, [])
     profiles = snap(
         checkpoint.model,
@@ -358,16 +423,3 @@ def _times(
         except (TuningError, RecordsError) as error:
             notes.append(f"profiles are chosen without times on {target.name}: {error}")
     return times, notes
-
-
-def _made_up(inputs: list[dict[str, Any]]) -> list[Any]:
-    """One sample of random numbers; zeros where an input holds integers, since any other may be no row of a table."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    found = []
-    for entry in inputs:
-        shape = [1 if isinstance(size, str) else size for size in entry["shape"]]
-        floating = np.issubdtype(np.dtype(entry["dtype"]), np.floating)
-        found.append((generator.standard_normal(shape) if floating else np.zeros(shape)).astype(entry["dtype"]))
-    return found

@@ -32,6 +32,7 @@ _FUNCTIONS = {"_operator": operator, "math": math, "torch": torch}
 # Those of `operator` that do more than arithmetic: with them a graph could come at any object.
 _NO_ARITHMETIC = {"attrgetter", "itemgetter", "methodcaller", "call", "setitem", "delitem"}
 _NODE_KINDS = {"placeholder", "get_attr", "call_function", "call_module", "output"}
+_LAYER = "t3c_layer"
 _TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -98,6 +99,8 @@ class Writer:
         self._where = f"node {node.name}"
         target = _function_name(node) if node.op == "call_function" else str(node.target)
         meta = {key: self.value(value) for key, value in node.meta.items() if key.startswith("t3c_")}
+        if stack := node.meta.get("nn_module_stack"):
+            meta[_LAYER] = list(stack.values())[-1][0]
         return [node.op, node.name, target, self.value(node.args), self.value(node.kwargs), meta]
 
     def value(self, value: Any) -> Any:
@@ -185,6 +188,9 @@ class Reader:
             where = names.get(op, _checked_path)(target)
             named = {_checked_name(key): value for key, value in self._value(kwargs, nodes).items()}
             node = graph.create_node(op, where, self._value(args, nodes), named, name)
+            # What torch keeps of the module that a node is from; errors name it.
+            if layer := meta.pop(_LAYER, None):
+                node.meta["nn_module_stack"] = {str(layer): (str(layer), "")}
             node.meta.update({key: self._value(value) for key, value in meta.items() if key.startswith("t3c_")})
             nodes[name] = node
         if "in" in data:

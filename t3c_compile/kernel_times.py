@@ -52,8 +52,8 @@ def kernel_times(
         TuningError, RecordsError, DeviceError: as for :func:`t3c_compile.tuning.tune`.
     """
     file = open_records(records, target, bool(rpc or tracker))
+    from t3c_compile.backends.tvm.farm.devices import find_devices
     from t3c_compile.backends.tvm.kernels.isa import isa_for
-    from t3c_compile.backends.tvm.tuning.farm import find_devices
     from t3c_compile.backends.tvm.tuning.runner import Runner
     from t3c_compile.backends.tvm.tuning.search import Search
 

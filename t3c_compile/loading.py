@@ -150,6 +150,10 @@ def calibration_of(spec: str, most: int = 16) -> tuple[list[Inputs], Tensor]:
     batches = [tuple(batch) for batch in islice(batches_of(spec), most)]
     if not batches or any(len(batch) < 2 for batch in batches):
         raise LoadingError(f"{spec}() gave no batches of (*inputs, labels)")
+    if not all(isinstance(batch[-1], Tensor) and batch[-1].dim() for batch in batches):
+        raise LoadingError(
+            f"{spec}() gave batches whose last entry is no tensor of labels: (*inputs, labels) is needed"
+        )
     return [batch[:-1] for batch in batches], torch.cat([batch[-1] for batch in batches])
 
 

@@ -14,12 +14,31 @@ from torch import Tensor
 from t3c_compile.backends.targets import Target
 from t3c_compile.cost import kept_bytes, layer_cost, roofline
 from t3c_compile.passes.elastic import Gates, elastic_layers
+from t3c_compile.passes.errors import DataError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 
+_NO_LABEL = -100  # torch's cross entropy leaves it out
+
 
 def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of ``logits`` [..., C] and int64 ``labels`` [...]."""
+    """Cross entropy of ``logits`` [..., C] and int64 ``labels`` [...]; a label of -100 does not count.
+
+    Raises:
+        DataError: labels of another number or type, or of classes that there are not.
+    """
+    classes = logits.shape[-1]
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        found = str(labels.dtype).removeprefix("torch.") if isinstance(labels, Tensor) else type(labels).__name__
+        raise DataError(f"labels are {found}, not int64 numbers of classes: convert them with .to(torch.int64)")
+    if labels.numel() * classes != logits.numel():
+        raise DataError(
+            f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}: give one for each "
+            "prediction (each token, of a language model)"
+        )
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != _NO_LABEL)]
+    if len(wrong):
+        raise DataError(f"label {int(wrong[0])} is no class: the model's logits have {classes}, numbered from 0")
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
 
 

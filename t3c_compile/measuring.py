@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def measure(artifact: Path, target: str, kind: str, inputs: list[np.ndarray[Any,
     if done.returncode:
         raise RuntimeError(f"measuring {artifact} for {target} failed: {done.stderr.strip()}")
     found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def made_up(inputs: Sequence[Mapping[str, Any]]) -> list[np.ndarray[Any, Any]]:
+    """One sample for ``inputs`` as a manifest has them, free sizes 1: random numbers, but zeros where an input holds
+    integers, since any other may be no row of a table."""
+    generator = np.random.default_rng(0)
+    found = []
+    for entry in inputs:
+        shape = [1 if isinstance(size, str) else size for size in entry["shape"]]
+        floating = np.issubdtype(np.dtype(entry["dtype"]), np.floating)
+        found.append((generator.standard_normal(shape) if floating else np.zeros(shape)).astype(entry["dtype"]))
     return found
 
 

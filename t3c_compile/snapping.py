@@ -16,7 +16,8 @@ from t3c_compile.energy import MODELLED
 from t3c_compile.groups import Groups, group_top, layer_groups, member_levels
 from t3c_compile.memory import activation_bytes, fits, require_fit
 from t3c_compile.passes.elastic import elastic_layers
-from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.errors import DataError, T3CError
+from t3c_compile.passes.fit_inputs import require_fitting
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.specialize import with_dense
@@ -84,6 +85,7 @@ def snap(
     Profiles that do not fit into the memory of every target are left out, which the notes say.
 
     Raises:
+        DataError: the calibration inputs or labels do not fit the model.
         MemoryLimitError: the least profile does not fit.
         T3CError: the targets share no width, or their grid leaves every layer one option.
     """
@@ -91,6 +93,8 @@ def snap(
         raise T3CError("snap needs calibration inputs: a few hundred samples of real data")
     if count < 1:
         raise T3CError(f"count={count}: snap makes at least one profile")
+    for index, inputs in enumerate(calibration):
+        require_fitting(model, inputs, f"calibration batch {index}")
     training = model.training
     model.eval()
     grid, known = grid_of(targets), dict(times or {})
@@ -106,6 +110,13 @@ def snap(
     # A layer whose factors never pay on this grid is deployed dense, and so it is measured dense.
     dense = dense_layers(model, ladder)
     model = with_dense(model, dense) if dense else model
+    model.set_full()
+    full = logits_of(model, calibration)
+    if labels is not None and labels.numel() != (predictions := sum(batch[..., 0].numel() for batch in full)):
+        raise DataError(
+            f"there are {labels.numel()} labels for {predictions} predictions on the calibration batches: give one for "
+            "each (for each token, of a language model), in order"
+        )
     errors: dict[str, dict[Option, float]] = {}
     with progress_bar(progress) as bar:
         bar.add_task("gains of the layers", total=None)
@@ -124,7 +135,6 @@ def snap(
     require_fit("the least profile", sizes[0], activations, targets, "name a target with more memory")
     fitting = [i for i, size in enumerate(sizes) if fits(size, activations, targets)]
     beyond, sizes = len(sizes) - len(fitting), sizes[: len(fitting)]
-    full = logits_of(model, calibration)
     measured: dict[int, Profile] = {}
     with progress_bar(progress) as bar:
 

@@ -19,6 +19,7 @@ from t3c_compile.chain import Grid, chains
 from t3c_compile.controller import RESOURCES, Controller, apply_gates, soft_gate
 from t3c_compile.groups import layer_groups
 from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers, full_width_known
+from t3c_compile.passes.fit_inputs import require_fitting
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.progress import progress_bar
 from t3c_compile.training_state import TrainError, TrainingState
@@ -230,10 +231,14 @@ def train(
             model it is a folder of ``torch.distributed.checkpoint``, written by all processes.
 
     Raises:
+        DataError: inputs or labels do not fit the model. Inputs in a list are looked at before training begins, those
+            of a loader as they come.
         TrainError: no data, a loss or gradient that is not finite (the model is put back to the epoch's start), or a
             checkpoint of another run.
     """
     steps = _count(batches, epochs)
+    for index, batch in enumerate(batches if isinstance(batches, list | tuple) else ()):
+        _checked(elastic, batch, index)
     weights = weights or LossWeights()
     controller = controller or Controller(chains(elastic, Grid()), layer_groups(elastic))
     loss = ElasticLoss(elastic, controller, weights, target or get_target("cortex-a76"), augment, proxy)
@@ -253,7 +258,7 @@ def train(
             good = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
             seen: dict[str, list[float]] = {}
             for index, batch in enumerate(batches):
-                terms = loss(model, _checked(batch, index))
+                terms = loss(model, _checked(elastic, batch, index))
                 joined = processes.mean(torch.stack([term.detach() for term in terms.values()]))
                 values = dict(zip(terms, joined.tolist(), strict=True))
                 if not run.step(sum(terms.values(), torch.zeros(())), epoch * steps + index):
@@ -306,9 +311,10 @@ def _count(batches: Batches, epochs: int) -> int:
     return steps
 
 
-def _checked(batch: Any, index: int) -> tuple[Any, ...]:
+def _checked(elastic: ElasticGraphModule, batch: Any, index: int) -> tuple[Any, ...]:
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         raise TrainError(f"batch {index} is a {type(batch).__name__}, not a tuple (*inputs, labels)")
+    require_fitting(elastic, tuple(batch[:-1]), f"batch {index}")
     for position, value in enumerate(batch):
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise TrainError(f"batch {index}: tensor {position} holds NaN or infinity; clean the data")

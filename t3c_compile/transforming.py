@@ -15,6 +15,7 @@ from t3c_compile.passes.capture import capture
 from t3c_compile.passes.elastic import elastic_layers, full_width_known
 from t3c_compile.passes.errors import NothingToCompressError, T3CError
 from t3c_compile.passes.find_elastic_layers import Candidate, FindElasticLayers
+from t3c_compile.passes.fit_inputs import require_fitting
 from t3c_compile.passes.graph import ElasticGraphModule, own_parameters
 from t3c_compile.passes.low_rank import svd_flops
 from t3c_compile.passes.pipeline import Pipeline, default_pipeline
@@ -78,7 +79,7 @@ def transform(
             what belongs to other weights or options is not read. Delete the folder when the model is saved.
 
     Raises:
-        CaptureError, BadWeightsError, NothingToCompressError: before any long work.
+        CaptureError, BadWeightsError, DataError, NothingToCompressError: before any long work.
         T3CError: the folder to resume from cannot be written to.
     """
     config = config or Config()
@@ -86,13 +87,16 @@ def transform(
         task = bar.add_task("capture", total=None)
         elastic = capture(model, example_inputs, dynamic_shapes, share=True)
         elastic.meta["t3c_config"] = config
+        given = None if calibration is None else [tuple(inputs) for inputs in calibration]
+        for index, inputs in enumerate(given or ()):
+            require_fitting(elastic, inputs, f"calibration batch {index}")
         pipeline = pipeline_of(config)
         pipeline.until(FindElasticLayers.name).run(elastic)
         work = _work(elastic)
         training = elastic.training
         elastic.eval()
-        if calibration is not None:
-            record_moments(elastic, calibration)
+        if given is not None:
+            record_moments(elastic, given)
         if resume is not None:
             elastic.meta["t3c_resume"] = _folder(resume)
         bar.update(task, total=sum(work.values()))

@@ -85,9 +85,9 @@ def tune(
     """
     wanted = get_target(target) if isinstance(target, str) else target
     file = open_records(records, wanted, bool(rpc or tracker))
+    from t3c_compile.backends.tvm.farm.devices import find_devices
     from t3c_compile.backends.tvm.kernels.isa import isa_for
     from t3c_compile.backends.tvm.tuning.collect import measured_sizes, workloads_of
-    from t3c_compile.backends.tvm.tuning.farm import find_devices
     from t3c_compile.backends.tvm.tuning.records import Tuned
     from t3c_compile.backends.tvm.tuning.runner import Runner
     from t3c_compile.backends.tvm.tuning.search import Search

@@ -5,11 +5,17 @@ import os
 # The networks here are tiny: threads of one test would only wait for each other, ten times longer than the work takes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 from certified import Small
 
@@ -35,3 +41,56 @@ def arm64() -> ModuleType:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """A small artifact to certify; copies are taken of it."""
     return Small(tmp_path_factory.mktemp("small"))
+
+
+# Three arm64 servers from one start of Python, each with its sessions in a group of processes of its own.
+_SERVERS = """
+import os, socket, sys
+from tvm.rpc.server import _listen_loop
+for _ in range(3):
+    listening = socket.create_server(("127.0.0.1", 0))
+    pid = os.fork()
+    if not pid:
+        os.setpgid(0, 0)
+        port = listening.getsockname()[1]
+        _listen_loop(listening, port, "board", ("127.0.0.1", int(sys.argv[1])), "", None)
+    print(pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def tracker() -> str:
+    """A TVM tracker on the loopback interface, in a thread that ends with the tests."""
+    from tvm.rpc.tracker import _tracker_server
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=_tracker_server, args=(listening, "stop"), daemon=True).start()
+    return f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture
+def boards(arm64: ModuleType, tracker: str) -> Iterator[list[int]]:
+    """Process ids of three arm64 RPC servers that the tracker has."""
+    command = arm64.command(["-c", _SERVERS, tracker.rpartition(":")[2]])
+    environment = arm64.environment({"TVM_NUM_THREADS": "1"})
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline()) for _ in range(3)]
+        try:
+            while _registered(tracker) < 3:
+                time.sleep(0.1)
+            yield pids
+        finally:
+            for pid in pids:
+                if psutil.pid_exists(pid):
+                    os.killpg(pid, signal.SIGKILL)
+
+
+def _registered(tracker: str) -> int:
+    from t3c_compile.backends.tvm.farm.devices import DeviceError, find_devices
+
+    try:
+        return len(find_devices(tracker=tracker, key="board"))
+    except DeviceError:
+        return 0

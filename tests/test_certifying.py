@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from certified import Small, samples
+from torch import nn
 
 import t3c_compile
 from t3c_compile import ArtifactError, CertificateError, InputError, certify
@@ -21,6 +23,8 @@ from t3c_compile.certifying import agreement_bound, least_samples, order_statist
 from t3c_compile.cli import main
 from t3c_compile.conformal import ConformalCertificate
 from t3c_compile.manifest import MANIFEST, read_manifest, write_manifest
+from t3c_compile.passes.errors import DataError
+from t3c_compile.transforming import transform
 
 
 def _at_least(k: int, n: int, p: float) -> float:
@@ -162,6 +166,11 @@ def test_bad_logits_are_named(small: Small, tmp_path: Path) -> None:
         certify(path, [x], small.logits(x))
     with pytest.raises(CertificateError, match=r"the reference has logits of shape \(64, 9\), the artifact \(64, 10\)"):
         certify(path, [samples(300, seed=2)], small.logits(x)[:, :9])
+    other = transform(nn.Linear(63, 10).eval(), (torch.ones(2, 63),))
+    with pytest.raises(
+        DataError, match=r"the reference: input 'input_1' has shape \[64, 64\], the model takes \[any, 63\]"
+    ):
+        certify(path, [samples(300, seed=2)], other)
 
 
 def test_arm64_libraries_are_certified_too(small: Small, arm64: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -36,6 +36,28 @@ from nets import mlp
 def model():
     return mlp()[0]
 
+class Inner(torch.nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x) + torch.special.i0(x)
+
+class Bessel(torch.nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.first, self.inner = torch.nn.Linear(64, 32), last
+
+    def forward(self, x):
+        return self.inner(self.first(x))
+
+class Topk(torch.nn.Module):
+    def forward(self, x):
+        return torch.topk(x, 10).values
+
+def bessel():
+    return Bessel(Inner())
+
+def topk():
+    return Bessel(Topk())
+
 def data():
     torch.manual_seed(1)
     xs = [torch.randn(32, 64) for _ in range(4)]
@@ -182,6 +204,31 @@ def test_errors_say_what_and_how(folder: Path, capsys: pytest.CaptureFixture[str
     ):
         assert message in _fails(capsys, code, *arguments), arguments
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["usermodule.py"]
+
+
+def test_ops_without_a_lowering_are_known_before_long_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`transform` notes them, and keeps the note in the checkpoint; `lower` and `tune` refuse before they snap."""
+    long_work: list[Any] = []
+    monkeypatch.setattr("t3c_compile.snapping.snap", lambda *_, **__: long_work.append("snap"))
+    monkeypatch.setattr("t3c_compile.kernel_times.kernel_times", lambda *_, **__: long_work.append("times"))
+    lower = ["a.pt", "--data", "usermodule:data", "--target", "x86_64"]
+    for model, words in (
+        ("bessel", ["special_bessel_j0", "in layer 'inner'", "i0", "CONVERTERS", "Write the layer with supported ops"]),
+        ("topk", ["R.topk", "CONVERTERS"]),
+    ):
+        assert main(["transform", f"usermodule:{model}", "--input", "float32[4,64]", "-o", "a.pt", "--json"]) == 0
+        printed = capsys.readouterr()
+        assert [row["layer"] for row in json.loads(printed.out)] == ["first"]
+        (note,) = Checkpoint.load("a.pt").model.report.notes
+        assert printed.err == f"t3c-compile: note: {note}\n"
+        for command in (["lower", *lower, "-o", "m.t3c"], ["tune", *lower, "--records", "r.jsonl"]):
+            message = _fails(capsys, 1, *command)
+            assert note == f"`lower` and `tune` will refuse this model: {message}"
+        assert all(word in note for word in words)
+    assert not long_work
+    assert not Path("m.t3c").exists()
 
 
 def test_usage_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,78 +3,27 @@
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import tvm
-from tvm.rpc.tracker import _tracker_server
 
 from t3c_compile.backends.targets import get_target
+from t3c_compile.backends.tvm.farm.devices import DeviceError, Remote, find_devices
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec
-from t3c_compile.backends.tvm.tuning.farm import find_devices
 from t3c_compile.backends.tvm.tuning.records import Record, RecordsFile, read
-from t3c_compile.backends.tvm.tuning.runner import DeviceError, Remote, Runner
+from t3c_compile.backends.tvm.tuning.runner import Runner
 from t3c_compile.backends.tvm.tuning.search import Search
 from t3c_compile.backends.tvm.tuning.workload import Workload
 from t3c_compile.cli import main
-
-# Three arm64 servers from one start of Python, each with its sessions in a group of processes of its own.
-_SERVERS = """
-import os, socket, sys
-from tvm.rpc.server import _listen_loop
-for _ in range(3):
-    listening = socket.create_server(("127.0.0.1", 0))
-    pid = os.fork()
-    if not pid:
-        os.setpgid(0, 0)
-        port = listening.getsockname()[1]
-        _listen_loop(listening, port, "board", ("127.0.0.1", int(sys.argv[1])), "", None)
-    print(pid, flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def tracker() -> str:
-    """A TVM tracker on the loopback interface, in a thread that ends with the tests."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_tracker_server, args=(listening, "stop"), daemon=True).start()
-    return f"127.0.0.1:{listening.getsockname()[1]}"
-
-
-@pytest.fixture
-def boards(arm64: ModuleType, tracker: str) -> Iterator[list[int]]:
-    """Process ids of three arm64 RPC servers that the tracker has."""
-    command = arm64.command(["-c", _SERVERS, tracker.rpartition(":")[2]])
-    environment = arm64.environment({"TVM_NUM_THREADS": "1"})
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        pids = [int(process.stdout.readline()) for _ in range(3)]
-        try:
-            while registered(tracker) < 3:
-                time.sleep(0.1)
-            yield pids
-        finally:
-            for pid in pids:
-                if psutil.pid_exists(pid):
-                    os.killpg(pid, signal.SIGKILL)
-
-
-def registered(tracker: str) -> int:
-    try:
-        return len(find_devices(tracker=tracker, key="board"))
-    except DeviceError:
-        return 0
 
 
 def test_a_farm_of_boards_loses_one_and_nothing_else(boards: list[int], tracker: str, tmp_path: Path) -> None:
@@ -188,10 +137,21 @@ def test_where_no_device_is(tmp_path: Path, tracker: str, capsys: pytest.Capture
         free = listening.getsockname()[1]
     with pytest.raises(DeviceError, match=rf"the tracker at 127.0.0.1:{free} cannot be reached: .*refused"):
         find_devices(tracker=f"127.0.0.1:{free}", key="board")
+    with pytest.raises(
+        DeviceError, match=rf"server at 127.0.0.1:{free} cannot be reached: .*refused.*rpc_server .*{free}"
+    ):
+        find_devices([f"127.0.0.1:{free}"])
+    with pytest.raises(DeviceError, match=f"what listens at {tracker} is no TVM RPC server"):
+        find_devices([tracker])
     with pytest.raises(DeviceError, match="'board' is no HOST:PORT"):
         find_devices(["board"])
     assert find_devices() == [None]
-    assert find_devices(["a:1", "b:2"], key="k") == [Remote("a:1", "k"), Remote("b:2", "k")]
+    # Before the model is even looked for.
+    tune = ["tune", "gone.pt", "--data", "gone:data", "--records", str(tmp_path / "r"), "--target", "arm64"]
+    for option, what in (("--rpc", "RPC server"), ("--tracker", "tracker")):
+        assert main([*tune, option, f"127.0.0.1:{free}"]) == 1
+        assert f"error: the {what} at 127.0.0.1:{free} cannot be reached: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["tune", "m", "--records", str(tmp_path / "r"), "--rpc", "a:1", "--tracker", "b:2"])
+        main([*tune, "--rpc", "a:1", "--tracker", "b:2"])
     assert "not allowed with argument" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

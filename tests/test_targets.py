@@ -25,8 +25,10 @@ from t3c_compile.backends.targets import (
     read_targets,
 )
 from t3c_compile.backends.tvm.kernels.isa import isa_for
+from t3c_compile.backends.tvm.lowering import UnsupportedOpError
 from t3c_compile.backends.tvm.relax_module import relax_module
 from t3c_compile.cli import main
+from t3c_compile.lowerable import require_lowering
 from t3c_compile.memory import MemoryLimitError, activation_bytes
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.graph import ElasticGraphModule
@@ -260,3 +262,45 @@ def test_a_grid_that_leaves_no_profile(elastic: ElasticGraphModule) -> None:
     assert profiles_of(elastic, replace(arm, rank_multiple=64)).profiles[0].options["first"].form == "dense"
     with pytest.raises(T3CError, match="arm64, a100 have no weight width in common: snap and lower for them apart"):
         profiles_of(elastic, replace(arm, bits=(5, 7)), get_target("a100"))
+
+
+@pytest.fixture(scope="module")
+def bessel() -> ElasticGraphModule:
+    """A network with an op that no target has code for."""
+
+    class Inner(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)
+
+    return transform(torch.nn.Sequential(torch.nn.Linear(64, 96), Inner()).eval(), mlp()[1])
+
+
+@pytest.mark.parametrize("name", list_targets())
+def test_every_target_refuses_by_name_before_long_work(
+    name: str, elastic: ElasticGraphModule, bessel: ElasticGraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An op that it lacks, a grid that leaves nothing to choose, and too little memory."""
+    target, inputs = get_target(name), mlp()[1]
+    profiles = profiles_of(elastic, target, count=1)
+    least = profiles.profiles[0].size_bytes
+    monkeypatch.setattr("t3c_compile.artifact._write", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UnsupportedOpError, match=r"aten.special_bessel_j0.default in layer '1'(.|\n)*CONVERTERS"):
+        require_lowering(bessel, inputs, [target])
+    with pytest.raises(
+        MemoryLimitError, match=rf"profile p0 needs \d+ bytes on target {name} .* has {least}: snap again"
+    ):
+        lower(elastic, profiles, [replace(target, memory_bytes=least)], tmp_path / "net.t3c", inputs)
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setattr("t3c_compile.snapping._measure", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(
+        MemoryLimitError, match=rf"the least profile needs .* on target {name} .*: name a target with more"
+    ):
+        profiles_of(elastic, replace(target, memory_bytes=least))
+    monkeypatch.delattr("t3c_compile.snapping.SpectralProxy")
+    # Half of 64 x 48 components, and more, cost as much as the dense layer.
+    coarse = replace(target, rank_multiple=64, bits=(8,))
+    with pytest.raises(
+        T3CError, match=rf"the grid of {name} \(ranks .* multiples of 64, widths 8\) leaves every layer one"
+    ):
+        profiles_of(elastic, coarse)

@@ -27,6 +27,7 @@ import t3c_compile.passes.ops  # registers the ops
 from t3c_compile import commands
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library, link
+from t3c_compile.backends.tvm.farm.devices import DeviceError, Remote
 from t3c_compile.backends.tvm.kernels.emit import prim_func, store
 from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS
 from t3c_compile.backends.tvm.kernels.isa import isa_for
@@ -43,7 +44,7 @@ from t3c_compile.backends.tvm.tuning.records import (
     read,
     write_best,
 )
-from t3c_compile.backends.tvm.tuning.runner import DeviceError, Remote, Runner
+from t3c_compile.backends.tvm.tuning.runner import Runner
 from t3c_compile.backends.tvm.tuning.search import Search
 from t3c_compile.backends.tvm.tuning.workload import Workload
 from t3c_compile.cli import build_parser, main

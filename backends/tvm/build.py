@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,31 @@ def build_library(
         if isinstance(function, tvm.tirx.PrimFunc)
     }
     relax_pipeline = runtime_pipeline(cuda_graphs)
+    with _ops_named(), own_compiler(str(target.tvm["arch"])) if target.kind == "cuda" else nullcontext():
+        executable = relax.build(module, compiled_for, relax_pipeline=relax_pipeline, tir_pipeline=pipeline)
+    link(executable, target, path)
+    return Library(path, target.name, tuple(programs), inputs, packs, kernels)
+
+
+def require_code(program: torch.export.ExportedProgram, target: Target) -> None:
+    """Raise :class:`UnsupportedOpError` where :func:`build_library` would for ``program``; no kernel is compiled."""
+    processor = CUDA if target.kind == "cuda" else cpu_processor(isa_for(target.host or target))
+    module, _, _ = assemble({"main": program}, processor, lambda _: ())
+    with _ops_named(), tvm.target.Target(dict((target.host or target).tvm)):
+        # What relax.build does before it compiles kernels.
+        relax.vm_build._vmcodegen(relax.ExecBuilder(), runtime_pipeline()(module), "bytecode")
+
+
+@contextmanager
+def _ops_named() -> Iterator[None]:
+    """TVM's error of an op that the importer knows and nothing makes code of becomes ours."""
     try:
-        with own_compiler(str(target.tvm["arch"])) if target.kind == "cuda" else nullcontext():
-            executable = relax.build(module, compiled_for, relax_pipeline=relax_pipeline, tir_pipeline=pipeline)
+        yield
     except tvm.error.InternalError as error:
-        # The importer knows the op, and nothing makes code of it.
         _, cannot, call = str(error).partition("Offending call:")
         if not cannot:
             raise
         raise UnsupportedOpError(f"TVM has no code for {call.strip()}\n{WAYS_OUT}") from error
-    link(executable, target, path)
-    return Library(path, target.name, tuple(programs), inputs, packs, kernels)
 
 
 def link(module: tvm.runtime.Executable | tvm.runtime.Module, target: Target, path: Path) -> None:

@@ -288,4 +288,8 @@ def _check_ops(graph: fx.Graph, converters: Mapping[str, Converter]) -> None:
             layer = list(stack.values())[-1][0] if stack else ""
             offenders.append(f"  {node.name}: {node.target}" + (f" in layer {layer!r}" if layer else ""))
     if offenders:
-        raise UnsupportedOpError("no lowering for these nodes:\n" + "\n".join(offenders) + f"\n{WAYS_OUT}")
+        raise UnsupportedOpError(
+            "no lowering for these nodes, whose ops neither TVM nor a converter of ours knows:\n"
+            + "\n".join(offenders)
+            + f"\n{WAYS_OUT}"
+        )

@@ -81,7 +81,7 @@ _BEYOND = (
     (
         "latency on other devices",
         "x86_64",
-        "the devices: `t3c-compile lower --target` compiles for them, `t3c-compile tune --rpc HOST:PORT` times them",
+        "the devices: `t3c-compile lower --target` compiles for them, `t3c-compile bench --rpc HOST:PORT` times them",
     ),
 )
 

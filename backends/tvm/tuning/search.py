@@ -5,17 +5,18 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from t3c_compile.backends.targets import Target
+from t3c_compile.backends.tvm.farm.devices import DeviceError
+from t3c_compile.backends.tvm.farm.side_by_side import side_by_side
 from t3c_compile.backends.tvm.kernels.emit import Sizes
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.tuning.peak import peak, peak_arguments, peak_operations
 from t3c_compile.backends.tvm.tuning.records import KEPT_BELOW, Record, RecordsFile, best
-from t3c_compile.backends.tvm.tuning.runner import DeviceError, Runner
+from t3c_compile.backends.tvm.tuning.runner import Runner
 from t3c_compile.backends.tvm.tuning.workload import Workload
 
 _log = logging.getLogger(__name__)
@@ -124,39 +125,24 @@ class Search:
 
     def _side_by_side(self, next_job: "Callable[[], _Job | None]", done: Callable[[], None]) -> None:
         """Measure what ``next_job`` gives on all devices until it gives nothing; ``done`` after each."""
-        lost: list[DeviceError] = []
 
-        def work(runner: Runner) -> None:
-            while True:
-                with self._state:
-                    # A device that is lost gives its task back: as long as others are busy, there may be more to do.
-                    while (job := next_job()) is None and self._busy:
-                        self._state.wait()
-                    if job is None:
-                        return
-                    self._busy.add(id(job[0]))
-                try:
-                    self._measure(runner, *job)
-                except DeviceError as error:
-                    with self._state:
-                        lost.append(error)
-                        self._runners.remove(runner)
-                        self._suspect(*job)
-                    _log.warning("a device is lost, %d are left: %s", len(self._runners), error)
-                    return
-                finally:
-                    with self._state:
-                        self._busy.discard(id(job[0]))
-                        self._state.notify_all()
-                with self._state:
-                    done()
+        def take() -> "_Job | None":
+            job = next_job()
+            if job is not None:
+                self._busy.add(id(job[0]))
+            return job
 
-        with ThreadPoolExecutor(max(1, len(self._runners))) as pool:
-            for finished in [pool.submit(work, runner) for runner in list(self._runners)]:
-                finished.result()
-        with self._state:
-            if lost and not self._runners:
-                raise DeviceError(f"{lost[-1]}; no device is left, what was measured is recorded") from lost[-1]
+        def end(job: "_Job", lost: bool) -> None:
+            self._busy.discard(id(job[0]))
+            if lost:
+                self._suspect(*job)
+            else:
+                done()
+
+        try:
+            side_by_side(self._runners, self._state, take, lambda runner, job: self._measure(runner, *job), end)
+        except DeviceError as error:
+            raise DeviceError(f"{error}, what was measured is recorded") from error
 
     def standings(self) -> list[Standing]:
         """All workloads, those that take the most time first; :meth:`baseline` must have run."""

@@ -1,0 +1,1 @@
+"""Devices that measure: this machine, or boards over TVM's RPC."""
