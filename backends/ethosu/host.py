@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from t3c_compile.backends.ethosu.attention import take_attention_apart
 from t3c_compile.backends.ethosu.partition import Split, split
 from t3c_compile.passes.base import erase_dead_attrs
 from t3c_compile.passes.infer_values import InputSpec, infer_values
@@ -14,6 +15,7 @@ from t3c_compile.passes.infer_values import InputSpec, infer_values
 
 def split_profile(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Split:
     """``graph``, a specialized profile, split; it is used up. ``inputs``: of batch 1; all sizes are fixed to theirs."""
+    take_attention_apart(graph)
     infer_values(graph, tuple(InputSpec(tuple(x.shape), x.dtype) for x in inputs))
     for node in list(graph.graph.nodes):
         # Sizes are numbers now.

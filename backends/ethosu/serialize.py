@@ -60,6 +60,11 @@ def _convolution(
     return [w.constant(weight, "int8"), w.constant(bias, "int32"), *zero_points]
 
 
+def _matmul(w: _Writer, attribute: Any, op: Operator) -> list[str]:
+    attribute.MatMulAttribute()
+    return [w.constant([0], "int8") for _ in op.inputs]
+
+
 def _rescale(w: _Writer, attribute: Any, op: Operator, multiplier: Any, shift: Any, **zero: int) -> list[str]:
     attribute.RescaleAttribute(True, tosa.RoundingMode.SINGLE_ROUND, len(multiplier) > 1, False, False)
     zero_points = [w.constant([zero["input_zp"]], op.inputs[0].dtype), w.constant([zero["output_zp"]], op.output.dtype)]
@@ -111,6 +116,7 @@ def _slice(w: _Writer, attribute: Any, op: Operator, start: Any) -> list[str]:
 _ATTRIBUTES: dict[str, Callable[..., list[str]]] = {
     "CONV2D": _convolution,
     "DEPTHWISE_CONV2D": _convolution,
+    "MATMUL": _matmul,
     "RESCALE": _rescale,
     "ADD": _add,
     "MUL": _multiply,

@@ -16,7 +16,7 @@ from t3c_compile.backends.tvm.cuda.float_gemm import float_product
 from t3c_compile.backends.tvm.cuda.gemm import Left, Product, Right, multiply
 from t3c_compile.backends.tvm.cuda.rows import Row, for_each_row
 from t3c_compile.backends.tvm.cuda.threads import words
-from t3c_compile.backends.tvm.kernels.attention import LEAST
+from t3c_compile.backends.tvm.kernels.rows import LEAST
 from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, Layout
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
