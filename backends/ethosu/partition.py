@@ -49,6 +49,7 @@ _BETWEEN = (*_PAIRS, "dequantize_int8", "mean_f32", "max_pool2d", *VIEWS, *CLAMP
 _MOVING = frozenset(
     {"permute", "transpose", "cat", "select", "slice", "expand", "unsqueeze", "unflatten", "pixel_unshuffle"}
 )
+_EXACT = "an exact NPU only multiplies and sums; what float32 rounds is the host's"
 _MOVES = "it only moves numbers"
 _NO_NEIGHBOUR = "nothing on the NPU reads it"
 
@@ -79,12 +80,12 @@ class Split:
     npu_macs: int = 0
 
 
-def split(gm: GraphModule) -> Split:
+def split(gm: GraphModule, exact: bool = False) -> Split:
     """``gm``, a specialized graph whose values' sizes are all numbers and whose batch is 1, as NPU and host share it.
 
-    ``gm`` is used up.
+    ``exact``: the NPU has the products alone. ``gm`` is used up.
     """
-    choice = Choice(gm)
+    choice = Choice(gm, exact)
     result = _rewritten(gm, choice)
     macs = {node: _macs(node, choice.stages.get(node)) for node in (*choice.chosen, *choice.reasons)}
     result.macs, result.npu_macs = sum(macs.values()), sum(macs[node] for node in choice.chosen)
@@ -96,7 +97,8 @@ def split(gm: GraphModule) -> Split:
 class Choice:
     """The nodes of the NPU, the depth and layout of each, and why the others are the host's."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, exact: bool = False) -> None:
+        self.exact = exact
         self.stages: dict[Node, list[Stage]] = {}
         self.layouts: dict[Node, str] = {}
         self.reasons: dict[Node, str] = {}
@@ -116,6 +118,10 @@ class Choice:
                 self.layouts[node] = CHANNELS_FIRST if name in _CONVOLUTIONS else CHANNELS_LAST
             elif name == _MATMUL:
                 self.layouts[node] = MATRICES
+            elif self.exact and name == "quantize_int8":
+                return
+            elif self.exact and name in _BETWEEN:
+                raise CannotRunError(_EXACT)
             elif name == "quantize_int8":
                 source = node.args[0]
                 if source not in self.chosen:
@@ -287,7 +293,7 @@ def _called(
         if scales is not None:
             factor = float(scales[0]) if len(set(scales)) == 1 else _stored(gm, graph, scales)
             value = graph.call_function(aten.to.dtype, (value, torch.float32))
-            value = graph.call_function(aten.mul.Tensor, (value, factor))
+            value = value if factor == 1.0 else graph.call_function(aten.mul.Tensor, (value, factor))
         made[node] = _from_npu(graph, value, shape_of(node), layout)
     return made
 
