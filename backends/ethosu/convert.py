@@ -159,7 +159,6 @@ class Conversion:
 
         return Sums(**common, bounds=bounds, compute=compute, scales=stages[-1].scale, for_host_too=for_host)
 
-
     def _read(self, source: fx.Node, layout: str, zero_point: int) -> Read:
         """An int8 tensor, the program's input where none of its operators makes it."""
         if (source, layout) not in self.reads:
