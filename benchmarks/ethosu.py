@@ -1,10 +1,10 @@
 """What an Ethos-U runs of common models, and vela's estimates: ``python -m benchmarks.ethosu resnet50 --small``.
 
-For each profile: the share of multiply-adds on the NPU, whether the TOSA reference model gives the bits of the ``t3c::``
-reference on some inputs, and for every target cycles, time and energy; then what falls back and why. With ``--exact`` the
-host does all rounding, and the bits are those of the whole profile on any other target. Weights are random (shares and
-cycles do not depend on what they are), so profiles that promise nothing for their cost are kept; attention is in integers.
-Results go to ``benchmarks/results/ethosu.json``, in place of those of the same model.
+For each profile: the share of multiply-adds on the NPU, whether the TOSA reference model gives the bits of the
+``t3c::`` reference on some inputs, and for every target cycles, time and energy; then what falls back and why. With
+``--exact`` the host does all rounding, and the bits are those of the whole profile on any other target. Weights are
+random (shares and cycles do not depend on what they are), so profiles that promise nothing for their cost are kept;
+attention is in integers. Results go to ``benchmarks/results/ethosu.json``, in place of those of the same model.
 """
 
 import argparse

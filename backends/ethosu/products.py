@@ -1,7 +1,7 @@
 """Products for an NPU whose results are to be those of every other target: whole sums there, all rounding on the host.
 
-Every ``t3c::`` product becomes its factors, each an ``int8_linear`` or ``int8_conv2d`` of scale 1, and between and after
-them the float32 operations of the reference, in its order. So the parts give its bits.
+Every ``t3c::`` product becomes its factors, each an ``int8_linear`` or ``int8_conv2d`` of scale 1, with the float32
+operations of the reference between and after them, in its order. So the parts give its bits.
 """
 
 import hashlib
@@ -50,10 +50,10 @@ class _Parts:
         self.meta = {name: node.meta[name] for name in ("t3c_layer",) if name in node.meta}
         self.spatial = str(node.target._opname).endswith("conv2d")  # type: ignore[union-attr]
 
-    def tensor(self, name: str) -> Tensor | None:
+    def tensor(self, name: str) -> Tensor:
         """A stored argument."""
-        argument = self.a[name]
-        return None if argument is None else operator.attrgetter(str(argument.target))(self.gm).detach()
+        found: Tensor = operator.attrgetter(str(self.a[name].target))(self.gm)
+        return found.detach()
 
     def call(self, op: Any, *arguments: Any) -> Node:
         node = self.gm.graph.call_function(op, arguments)
@@ -91,17 +91,15 @@ class _Parts:
         return self.call(t3c.quantize_int8.default, self.call(aten.clamp.default, y, -127, 127), 1.0, 0)
 
     def affine(self, x: Node, gain: Tensor) -> Node:
-        bias = self.tensor("bias")
-        if bias is None:
+        if self.a["bias"] is None:
             return self.call(aten.mul.Tensor, x, self.channels(gain))
-        return self.call(t3c.affine.default, x, self.channels(gain), self.channels(bias))
+        return self.call(t3c.affine.default, x, self.channels(gain), self.channels(self.tensor("bias")))
 
     def finish(self, sums: Node, scale: float) -> Node:
         """The end of a chain."""
-        gain = self.tensor("out_gain")
-        if gain is None:
-            return self.affine(sums, torch.full((self.a["u"].meta["val"].shape[1],), scale))
-        return self.affine(self.call(aten.mul.Tensor, sums, scale), gain)
+        if self.a["out_gain"] is None:
+            return self.affine(sums, torch.full((self.tensor("u").shape[1],), scale))
+        return self.affine(self.call(aten.mul.Tensor, sums, scale), self.tensor("out_gain"))
 
 
 _GEOMETRY = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
