@@ -1,0 +1,59 @@
+"""One artifact for a CPU, a board, a GPU and an NPU: with an exact NPU all four give the same bits, in every profile."""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from emulated_cuda import compile_emulated
+from ethosu_nets import settled
+from torch import nn
+
+import t3c_compile as t3c
+from examples.digits.models import Cnn, Vit
+from t3c_compile.backends.targets import get_target
+from t3c_compile.backends.tvm.cuda import library as cuda_library
+from t3c_compile.manifest import read_manifest
+from t3c_compile.passes.specialize import specialize
+
+TARGETS = ["x86_64", "arm64", "cuda-sm_90", "ethos-u85-256"]
+
+
+@pytest.fixture
+def gpu(cuda_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An emulated one of compute capability 9.0."""
+    monkeypatch.setattr(cuda_library, "compile_cuda", lambda source, arch: compile_emulated(source, tmp_path))
+    cuda_driver.t3c_be_generation(9)
+    yield
+    cuda_driver.t3c_be_generation(8)
+
+
+@pytest.mark.parametrize("model", [Cnn(), Vit(32, 1, 2, 64)], ids=["cnn", "vit"])
+def test_all_targets_of_an_artifact_agree(model: nn.Module, gpu: None, arm64: ModuleType, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 8, 8)
+    elastic = t3c.transform(settled(model, x), (x,), calibration=[(x,)])
+    elastic.set_attention_dtype("int8")
+    profiles = t3c.snap(elastic, [(x,)], [get_target(name) for name in TARGETS], count=2)
+    path = t3c.lower(elastic, profiles, TARGETS, tmp_path / "m.t3c", (x,), measured=False, exact_npu=True)
+    manifest = read_manifest(path)
+    assert list(manifest["targets"]) == TARGETS
+    assert manifest["targets"]["ethos-u85-256"]["npu"]["exact"]
+    emulated = arm64.run_profiles(path, "arm64", x.numpy())
+    seen = set()
+    for profile in profiles.profiles:
+        graph = specialize(elastic, profile.options, profile.activations, profiles.store_ranks())
+        with torch.no_grad():
+            expected = graph(x).numpy()
+        found = {"arm64": emulated[profile.name][0]}
+        for target in ("x86_64", "cuda-sm_90", "ethos-u85-256"):
+            session = t3c.load(path, target)
+            session.set_profile(profile.name)
+            found[target] = session.run(x.numpy())
+        for target, logits in found.items():
+            np.testing.assert_array_equal(logits, expected, err_msg=f"{target}, {profile.name}")
+        seen.add(expected.tobytes())
+    assert len(seen) == len(profiles.profiles) > 1
