@@ -57,6 +57,7 @@ def every_operator(rng: np.random.Generator) -> Program:
     total = program.add(program.rescale(wide, 33.3, "int32"), program.rescale(narrow, 1234.5, "int32"))
     total = program.clamp(total, -9, 2**21)
     mean = program.reduce_sum(program.reduce_sum(total, 1), 2)
+    pixels = program.reshape(total, (1, 20, 1, 32))
     core = rng.integers(-119, 120, (3, 3, 32, 1))
     program.outputs = [
         sums,
@@ -66,6 +67,7 @@ def every_operator(rng: np.random.Generator) -> Program:
         program.max_pool(narrow, (2, 2), (2, 2), (0, 0)),
         program.table(wide, np.clip(np.arange(-256, 257) * 100, -32768, 32767)),
         program.rescale(mean, 1e-5, "int8", 3),
+        program.reduce_sum(pixels, 1),
         program.multiply(wide, program.rescale(mean, 1e-3, "int16")),
         program.conv2d(narrow, core, bias, 7, (1, 1), (2, 2), (2, 2), depthwise=True),
         program.matmul(program.input((3, 5, 40), "int8"), program.input((3, 40, 7), "int8")),

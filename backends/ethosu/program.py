@@ -151,6 +151,9 @@ class Program:
         [256] -> int8."""
         return self._add("TABLE", [x], x.shape, "int32" if x.dtype == "int16" else "int8", table=table.astype(x.dtype))
 
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        return self._add("RESHAPE", [x], shape, x.dtype)
+
     def reduce_sum(self, x: Tensor, axis: int) -> Tensor:
         shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
         return self._add("REDUCE_SUM", [x], shape, "int32", axis=axis)

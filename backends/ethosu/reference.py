@@ -101,6 +101,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "MINIMUM": lambda operator, x: x.clamp(max=operator.attributes["limit"]),
     "TABLE": _table,
     "MAX_POOL2D": _max_pool,
+    "RESHAPE": lambda operator, x: x.reshape(operator.output.shape),
     "REDUCE_SUM": lambda operator, x: x.sum(operator.attributes["axis"], keepdim=True),
     "SLICE": _slice,
 }

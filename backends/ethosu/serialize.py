@@ -1,6 +1,6 @@
 """A program as a TOSA 1.0 flatbuffer, by the TOSA project's own serializer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ class _Writer:
     def constant(self, values: Any, dtype: str) -> str:
         array = np.asarray(values, dtype)
         return str(self.graph.addConst(list(array.shape), _DTYPES[dtype], array).name)
+
+    def shape(self, sizes: Sequence[int]) -> str:
+        return str(self.graph.addConst([len(sizes)], tosa.DType.SHAPE, list(sizes)).name)
 
     def write(self, operator: Operator) -> None:
         attribute = tosa.TosaSerializerAttribute()
@@ -107,10 +110,14 @@ def _reduce_sum(w: _Writer, attribute: Any, op: Operator, axis: int) -> list[str
     return []
 
 
+def _reshape(w: _Writer, attribute: Any, op: Operator) -> list[str]:
+    attribute.ReshapeAttribute()
+    return [w.shape(op.output.shape)]
+
+
 def _slice(w: _Writer, attribute: Any, op: Operator, start: Any) -> list[str]:
     attribute.SliceAttribute()
-    sizes = (start, op.output.shape)
-    return [str(w.graph.addConst([len(size)], tosa.DType.SHAPE, list(size)).name) for size in sizes]
+    return [w.shape(start), w.shape(op.output.shape)]
 
 
 _ATTRIBUTES: dict[str, Callable[..., list[str]]] = {
@@ -125,6 +132,7 @@ _ATTRIBUTES: dict[str, Callable[..., list[str]]] = {
     "MINIMUM": _limit,
     "TABLE": _table,
     "MAX_POOL2D": _max_pool,
+    "RESHAPE": _reshape,
     "REDUCE_SUM": _reduce_sum,
     "SLICE": _slice,
 }
