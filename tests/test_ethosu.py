@@ -26,7 +26,7 @@ from t3c_compile.backends.ethosu.program import Program
 from t3c_compile.backends.ethosu.serialize import serialize
 from t3c_compile.backends.ethosu.vela import VelaError, compile_partition
 from t3c_compile.backends.targets import get_target
-from t3c_compile.manifest import ArtifactError, check_files, read_manifest
+from t3c_compile.manifest import ArtifactError, check_files, read_manifest, write_manifest
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.snapping import grid_of
@@ -360,3 +360,17 @@ def test_inspect_lists_what_fell_back(vit: Whole, capsys: pytest.CaptureFixture[
     cli.main(["inspect", str(vit.path), "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert {row["target"] for row in rows} == {"ethos-u55-128", "ethos-u85-256"}
+
+
+def test_inspect_says_where_one_does_not_pay(cnn: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "p0 takes no fewer cycles than p1, which is closer to the full model"
+    cli.main(["inspect", str(cnn.path)])
+    assert note not in capsys.readouterr().out
+    copy = tmp_path / "m.t3c"
+    shutil.copytree(cnn.path, copy)
+    manifest = read_manifest(copy)
+    costs = manifest["targets"]["ethos-u85-256"]["costs"]
+    costs[0]["cycles"] = costs[1]["cycles"]
+    write_manifest(copy, manifest)
+    cli.main(["inspect", str(copy)])
+    assert f"ethos-u85-256: {note}" in capsys.readouterr().out
