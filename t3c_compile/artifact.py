@@ -47,6 +47,7 @@ def lower(
     measured: bool = True,
     records: str | os.PathLike[str] | None = None,
     key: Key | None = None,
+    exact_npu: bool = False,
 ) -> Path:
     """Lower every profile for every target into the artifact ``path`` (a folder, by custom called ``NAME.t3c``).
 
@@ -59,6 +60,8 @@ def lower(
         measured: False leaves all latencies as the profiles have them.
         records: a file that ``tune`` wrote; kernels get the tiles found fastest there, then the shipped ones.
         key: an Ed25519 private key to sign with, a PEM file or its content as bytes.
+        exact_npu: an NPU has the integer products alone and its host all that rounds, so that results are those of the
+            other targets to the bit. It costs the host a pass over every layer's results.
 
     Raises:
         UnknownTargetError, UnsupportedOpError, RecordsError, CudaCompilerError, SigningKeyError: before any compiling.
@@ -77,7 +80,7 @@ def lower(
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir()
-        _write(temporary, model, profiles, wanted, example_inputs, progress, measured, own)
+        _write(temporary, model, profiles, wanted, example_inputs, progress, measured, own, exact_npu)
         if key is not None:
             sign(temporary, key)
         _put_in_place(temporary, final)
@@ -131,6 +134,7 @@ def _write(
     progress: bool,
     measured: bool,
     records: Path | None,
+    exact_npu: bool,
 ) -> None:
     # The compiler takes a second to load; importing it here keeps errors of the arguments at once.
     from t3c_compile.backends.tvm.build import build_library
@@ -146,7 +150,7 @@ def _write(
         programs, store = export_profiles(model, profiles, example_inputs, step) if compiled else ({}, {})
         npu = None
         if len(compiled) < len(targets):
-            npu = split_profiles(model, profiles, example_inputs)
+            npu = split_profiles(model, profiles, example_inputs, exact_npu)
             store |= npu.store()
         write_store(folder / STORE, {name: tensor.numpy() for name, tensor in store.items()})
         manifest: Manifest = {

@@ -103,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--target", action="append", required=True, help="target name (see `targets`); may be repeated")
     c.add_argument("--profiles", type=_count, default=8, help="how many profiles at the most (default 8)")
     _add_file(c, "--records", help="file that `tune` wrote: profiles are chosen by its times, and its tiles go first")
+    c.add_argument(
+        "--exact-npu",
+        action="store_true",
+        help="an NPU has the integer products alone, its host all rounding: results are the other targets' to the bit",
+    )
     _add_file(c, "--sign", metavar="KEY", help=_KEY_HELP)
     _add_output(c, "artifact to write, such as MODEL.t3c")
 

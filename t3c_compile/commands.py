@@ -81,8 +81,17 @@ def lower(arguments: argparse.Namespace) -> None:
         raise T3CError(f"there are no records at {arguments.records}: `t3c-compile tune` writes them")
     checkpoint, profiles = _snap(arguments, targets, measure=arguments.records is not None)
     inputs, progress = checkpoint.example_inputs, sys.stderr.isatty()
-    records, key = arguments.records, arguments.sign
-    lower(checkpoint.model, profiles, targets, output, inputs, progress=progress, records=records, key=key)
+    lower(
+        checkpoint.model,
+        profiles,
+        targets,
+        output,
+        inputs,
+        progress=progress,
+        records=arguments.records,
+        key=arguments.sign,
+        exact_npu=arguments.exact_npu,
+    )
     inspect_artifact(str(output), arguments.json)
 
 

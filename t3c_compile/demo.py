@@ -56,13 +56,13 @@ def demo(models: Sequence[str], seed: int, output: Path, as_json: bool) -> None:
 
 def run_demo(name: str, seed: int, output: Path, console: Console) -> DemoResult:
     """The whole of it for ``cnn`` or ``vit``, from training to the artifact run on every target."""
-    example = _example()
+    run = example()
     output.mkdir(parents=True, exist_ok=True)
     began, progress = time.monotonic(), console.is_terminal
     console.print(f"[bold]{name}[/]: training on digits")
-    prepared = example.prepare(name, seed=seed, progress=progress)
+    prepared = run.prepare(name, seed=seed, progress=progress)
     test, truth = prepared.data.test
-    accuracy = example.accuracy(prepared.float_model, (test, truth))
+    accuracy = run.accuracy(prepared.float_model, (test, truth))
     labels = prepared.data.calibration[1]
     targets = [get_target(target) for target in TARGETS]
     profiles = snap(prepared.elastic, prepared.calibration, targets, labels, prepared.controller, progress=progress)
@@ -128,7 +128,7 @@ def relative_error(found: Any, reference: Any) -> float:
     return float(errors.max())
 
 
-def _example() -> ModuleType:
+def example() -> ModuleType:
     """``examples/digits/run.py``; examples are not installed, so the demo needs the source tree."""
     places = [base / "examples" / "digits" for base in (Path.cwd(), Path(__file__).resolve().parents[1])]
     folder = next((place for place in places if (place / "run.py").exists()), None)

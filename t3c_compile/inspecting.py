@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def _show_npu(target: str, entry: Mapping[str, Any]) -> None:
         row |= {f"{memory}_kb": size / 1e3 for memory, size in cost["peak_bytes"].items()}
         rows.append(row | {f"{memory}_moved_kb": size / 1e3 for memory, size in cost["traffic_bytes"].items()})
     show(f"{target}: {entry['costs'][0]['source']}", rows, False)
+    for index, (low, high) in enumerate(pairwise(entry["costs"])):
+        if low["cycles"] >= high["cycles"]:
+            print(f"{target}: p{index} takes no fewer cycles than p{index + 1}, which is closer to the full model")
     greatest = entry["npu"]["profiles"][-1]
     fallbacks = Counter((f["op"], f["reason"]) for f in greatest["fallbacks"])
     if fallbacks:

@@ -49,7 +49,7 @@ def _run(name: Any, *tensors: Any) -> None:
 
     flatbuffer, count = _PARTITIONS[str(name)]
     arrays = [np.from_dlpack(tensor) for tensor in tensors]
-    with _LOCK, _no_output():
+    with _LOCK, quiet():
         outputs, status = tosa_reference_model.run(flatbuffer, [np.ascontiguousarray(x) for x in arrays[:count]])
     if status.name != "TOSA_VALID":
         raise RuntimeError(f"partition {name}: the TOSA reference model says {status.name}")
@@ -59,7 +59,7 @@ def _run(name: Any, *tensors: Any) -> None:
 
 
 @contextmanager
-def _no_output() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing on standard output: the model writes there, at every call, that 1.0 flatbuffers are older than itself."""
     library = ctypes.CDLL(None)
     sys.stdout.flush()

@@ -58,16 +58,16 @@ def npu_inputs(model: ElasticGraphModule) -> list[dict[str, Any]]:
 
 
 def split_profiles(
-    model: ElasticGraphModule, profiles: ProfileSet, example_inputs: tuple[Tensor, ...]
+    model: ElasticGraphModule, profiles: ProfileSet, example_inputs: tuple[Tensor, ...], exact: bool = False
 ) -> "NpuProfiles":
-    """The profiles as NPU and host share them, at batch 1."""
+    """The profiles as NPU and host share them, at batch 1; ``exact``: with the bits of every other target."""
     from t3c_compile.backends.ethosu.build import NpuProfiles
 
     npu_inputs(model)
     free, ranks = model.meta["t3c_batch_is_free"], profiles.store_ranks()
     inputs = tuple(x[:1] if free else x for x in example_inputs)
     graphs = [specialize(model, profile.options, profile.activations, ranks) for profile in profiles.profiles]
-    return NpuProfiles.of(graphs, inputs)
+    return NpuProfiles.of(graphs, inputs, exact)
 
 
 def lower_npu_targets(

@@ -5,6 +5,7 @@ import os
 # The networks here are tiny: threads of one test would only wait for each other, ten times longer than the work takes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import ctypes
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from types import ModuleType
 import psutil
 import pytest
 from certified import Small
+from emulated_cuda import load_driver
 
 from t3c_compile import qemu
+from t3c_compile.backends.tvm.cuda.nvrtc import require_compiler
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -35,6 +38,16 @@ def arm64() -> ModuleType:
             # Where every test must run, one that cannot is a failure.
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"arm64: {reason}")
     return qemu
+
+
+@pytest.fixture(scope="session")
+def cuda_driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The driver of a GPU on the processor; a process has one."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU here, and two drivers do not go into one process: run benchmarks/cuda_check.py")
+    # cuda-bindings looks up functions of a driver that it finds, at its first use.
+    require_compiler("sm_80")
+    return load_driver(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_cases import CudaCases
-from emulated_cuda import compile_emulated, load_driver
+from emulated_cuda import compile_emulated
 from nets import conv_net
 from safetensors.numpy import load_file
 
@@ -140,17 +140,12 @@ def test_what_is_refused(layer: Lowered, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+def emulator(cuda_driver: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     """A GPU of compute capability 8.0, on the processor; what is lowered meanwhile is compiled for it."""
-    if Path("/dev/nvidiactl").exists():
-        pytest.skip("there is a GPU here, and two drivers do not go into one process: run benchmarks/cuda_check.py")
     folder = tmp_path_factory.mktemp("emulator")
-    # cuda-bindings looks up functions of a driver that it finds, at its first use.
-    require_compiler("sm_80")
-    driver = load_driver(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_library, "compile_cuda", lambda source, arch: compile_emulated(source, folder))
-        yield driver
+        yield cuda_driver
 
 
 @pytest.fixture(scope="module")

@@ -23,19 +23,23 @@ class NpuError(T3CError):
 
 @dataclass(frozen=True)
 class NpuProfiles:
-    """The profiles of one model, split. What an NPU runs of them is the same for every Ethos-U."""
+    """The profiles of one model, split. What an NPU runs of them is the same for every Ethos-U.
+
+    ``exact``: results are those of the ``t3c::`` ops to the bit.
+    """
 
     splits: list[Split]
     inputs: tuple[Tensor, ...]
+    exact: bool = False
 
     @staticmethod
-    def of(graphs: Sequence[GraphModule], inputs: tuple[Tensor, ...]) -> "NpuProfiles":
-        """``graphs``: specialized profiles, which are used up; ``inputs``: of batch 1.
+    def of(graphs: Sequence[GraphModule], inputs: tuple[Tensor, ...], exact: bool = False) -> "NpuProfiles":
+        """``graphs``: specialized profiles, which are used up; ``inputs``: of batch 1; ``exact`` as it is kept.
 
         Raises:
             NpuError: the NPU can run nothing of a profile.
         """
-        splits = [split_profile(graph, inputs) for graph in graphs]
+        splits = [split_profile(graph, inputs, exact) for graph in graphs]
         for split in splits:
             if not split.programs:
                 reasons = sorted({f"{f.op} ({f.reason})" for f in split.fallbacks if f.macs})
@@ -43,7 +47,7 @@ class NpuProfiles:
                     f"an Ethos-U can run nothing of this model: {', '.join(reasons)}; snap it with int8 activations "
                     "and at most 8 bits, or lower it for a CPU"
                 )
-        return NpuProfiles(splits, inputs)
+        return NpuProfiles(splits, inputs, exact)
 
     def store(self) -> dict[str, Tensor]:
         """What the host's part reads."""
@@ -94,6 +98,7 @@ class NpuProfiles:
             }
         return {
             "tool": tool(),
+            "exact": self.exact,
             **target.vela,
             "partitions": partitions,
             "profiles": [_described(split) for split in self.splits],

@@ -14,7 +14,7 @@ from t3c_compile.backends.ethosu.stages import Stage
 from t3c_compile.backends.ethosu.values import Bounds, Clamped, Dequantized, Pooled, Sums, Value, interval
 from t3c_compile.passes.base import bound
 
-CHANNELS_FIRST, CHANNELS_LAST = "channels first", "channels last"
+CHANNELS_FIRST, CHANNELS_LAST, MATRICES = "channels first", "channels last", "matrices"
 
 # Functions of one element that become tables, by op name.
 TABLES = (
@@ -54,12 +54,14 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 def npu_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """How the NPU sees a tensor of ``shape``: [1, height, width, channels].
+    """How the NPU sees a tensor of ``shape``: [1, height, width, channels], matrices as [count, rows, columns].
 
     Rows of a matrix are spread over height and width, because the NPU works on blocks of at least two rows of pixels.
     """
     if layout == CHANNELS_FIRST:
         return (1, *shape[2:], shape[1])
+    if layout == MATRICES:
+        return (prod(shape[:-2]), *shape[-2:])
     rows = prod(shape[:-1])
     height = next(h for h in range(isqrt(rows), 0, -1) if rows % h == 0)
     return (1, height, rows // height, shape[-1])
@@ -67,7 +69,8 @@ def npu_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 @dataclass
 class Read:
-    """An int8 tensor of the program and what it stands for: whole numbers above ``zero_point``."""
+    """An int8 tensor of the program (int32: a product of two), and what it stands for: whole numbers above
+    ``zero_point``."""
 
     tensor: Tensor
     zero_point: int
@@ -78,7 +81,8 @@ class Conversion:
     """The program of some nodes of a graph, in order; ``stages``: of each product among them.
 
     ``inputs``: (node, layout) of every tensor that comes from outside, all int8. ``outputs``: what others read of the
-    nodes: the node, its layout and, of a float32 node, the scale of each channel (or one for all).
+    nodes: the node, its layout and, of a float32 node, the scale of each channel (or one for all). Products of two
+    tensors are int32, and the host's to read.
     """
 
     nodes: list[fx.Node]
@@ -97,6 +101,8 @@ class Conversion:
                 source, scale, zero_point = node.args
                 tensor = self._values[source].int8(float(scale), int(zero_point))  # type: ignore[index, arg-type]
                 self.reads[node, self.layouts[node]] = Read(tensor, int(zero_point))  # type: ignore[arg-type]
+            elif op_name(node) == "matmul_int8":
+                self.reads[node, self.layouts[node]] = Read(self._matmul(node), 0)
             else:
                 self._values[node] = self._value(node, inside)
         for node in self.nodes:
@@ -135,12 +141,8 @@ class Conversion:
 
     def _product(self, node: fx.Node, common: dict[str, Any], for_host: bool) -> Sums:
         arguments = bound(node)
-        source, layout, zero_point = arguments["x"], self.layouts[node], int(arguments["x_zero_point"])
-        read = self.reads.get((source, layout))
-        if read is None:
-            tensor = self.program.input(npu_shape(shape_of(source), layout), "int8")
-            read = self.reads[source, layout] = Read(tensor, zero_point)
-            self.inputs.append((source, layout))
+        zero_point = int(arguments["x_zero_point"])
+        read = self._read(arguments["x"], self.layouts[node], zero_point)
         stages = self.stages[node]
         bounds = _bounds_of(stages, zero_point)
 
@@ -156,6 +158,18 @@ class Conversion:
             return x
 
         return Sums(**common, bounds=bounds, compute=compute, scales=stages[-1].scale, for_host_too=for_host)
+
+    def _read(self, source: fx.Node, layout: str, zero_point: int) -> Read:
+        """An int8 tensor, the program's input where none of its operators makes it."""
+        if (source, layout) not in self.reads:
+            tensor = self.program.input(npu_shape(shape_of(source), layout), "int8")
+            self.reads[source, layout] = Read(tensor, zero_point)
+            self.inputs.append((source, layout))
+        return self.reads[source, layout]
+
+    def _matmul(self, node: fx.Node) -> Tensor:
+        a, b = (self._read(source, MATRICES, 0).tensor for source in node.all_input_nodes)
+        return self.program.matmul(a, b)
 
 
 def _bounds_of(stages: list[Stage], zero_point: int) -> Bounds:
@@ -229,9 +243,10 @@ def _mean(conversion: Conversion, node: fx.Node, common: dict[str, Any]) -> Valu
 
     def compute() -> Tensor:
         x = source.fixed(scale, "int32")
-        for axis in (1, 2):
-            x = x if x.shape[axis] == 1 else conversion.program.reduce_sum(x, axis)
-        return x
+        if pixels == 1:
+            return x
+        # As one axis: a U85 takes tens of times as long for two.
+        return conversion.program.reduce_sum(conversion.program.reshape(x, (1, pixels, 1, x.shape[3])), 1)
 
     return Sums(**common, bounds=source.bounds, compute=compute, scales=np.array([scale / pixels]))
 

@@ -7,13 +7,21 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from t3c_compile.backends.ethosu.attention import take_attention_apart
 from t3c_compile.backends.ethosu.partition import Split, split
+from t3c_compile.backends.ethosu.products import take_products_apart
 from t3c_compile.passes.base import erase_dead_attrs
 from t3c_compile.passes.infer_values import InputSpec, infer_values
 
 
-def split_profile(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Split:
-    """``graph``, a specialized profile, split; it is used up. ``inputs``: of batch 1; all sizes are fixed to theirs."""
+def split_profile(graph: fx.GraphModule, inputs: Sequence[Tensor], exact: bool = False) -> Split:
+    """``graph``, a specialized profile, split; it is used up. ``inputs``: of batch 1; all sizes are fixed to theirs.
+
+    ``exact``: results are those of the ``t3c::`` ops to the bit; the NPU has the products alone, the host all rounding.
+    """
+    take_attention_apart(graph)
+    if exact:
+        take_products_apart(graph)
     infer_values(graph, tuple(InputSpec(tuple(x.shape), x.dtype) for x in inputs))
     for node in list(graph.graph.nodes):
         # Sizes are numbers now.
@@ -23,7 +31,7 @@ def split_profile(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Split:
             graph.graph.erase_node(node)
     erase_dead_attrs(graph)
     graph.recompile()
-    return split(graph)
+    return split(graph, exact)
 
 
 def _replace_by_number(node: fx.Node, number: int) -> None:

@@ -21,6 +21,7 @@ from t3c_compile.backends.ethosu.convert import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
     CLAMPS,
+    MATRICES,
     TABLES,
     VIEWS,
     Conversion,
@@ -38,6 +39,7 @@ aten = torch.ops.aten
 
 _CONVOLUTIONS = ("int8_conv2d", "svd_conv2d", "tucker2_conv2d", "cp_conv2d")
 _PRODUCTS = ("int8_linear", "svd_linear", *_CONVOLUTIONS)
+_MATMUL = "matmul_int8"
 # Products that only the host has, whose multiply-adds count too.
 _ATTENTION = ("attention_f32", "attention_int8")
 _HOST_PRODUCTS = ("weight_only_linear", "svd_weight_only_linear", *_ATTENTION, "matmul_f32", "linear", "conv2d")
@@ -47,6 +49,7 @@ _BETWEEN = (*_PAIRS, "dequantize_int8", "mean_f32", "max_pool2d", *VIEWS, *CLAMP
 _MOVING = frozenset(
     {"permute", "transpose", "cat", "select", "slice", "expand", "unsqueeze", "unflatten", "pixel_unshuffle"}
 )
+_EXACT = "an exact NPU only multiplies and sums; what float32 rounds is the host's"
 _MOVES = "it only moves numbers"
 _NO_NEIGHBOUR = "nothing on the NPU reads it"
 
@@ -77,27 +80,25 @@ class Split:
     npu_macs: int = 0
 
 
-def split(gm: GraphModule) -> Split:
+def split(gm: GraphModule, exact: bool = False) -> Split:
     """``gm``, a specialized graph whose values' sizes are all numbers and whose batch is 1, as NPU and host share it.
 
-    ``gm`` is used up.
+    ``exact``: the NPU has the products alone. ``gm`` is used up.
     """
-    choice = Choice(gm)
+    choice = Choice(gm, exact)
     result = _rewritten(gm, choice)
-    for node, stages in choice.stages.items():
-        result.macs += _stage_macs(node, stages)
-        result.npu_macs += _stage_macs(node, stages) if node in choice.chosen else 0
+    macs = {node: _macs(node, choice.stages.get(node)) for node in (*choice.chosen, *choice.reasons)}
+    result.macs, result.npu_macs = sum(macs.values()), sum(macs[node] for node in choice.chosen)
     for node, reason in choice.reasons.items():
-        macs = _stage_macs(node, choice.stages[node]) if node in choice.stages else _host_macs(node)
-        result.macs += 0 if node in choice.stages else macs
-        result.fallbacks.append(Fallback(op_name(node), str(node.meta.get("t3c_layer", "")), reason, macs))
+        result.fallbacks.append(Fallback(op_name(node), str(node.meta.get("t3c_layer", "")), reason, macs[node]))
     return result
 
 
 class Choice:
     """The nodes of the NPU, the depth and layout of each, and why the others are the host's."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, exact: bool = False) -> None:
+        self.exact = exact
         self.stages: dict[Node, list[Stage]] = {}
         self.layouts: dict[Node, str] = {}
         self.reasons: dict[Node, str] = {}
@@ -115,6 +116,12 @@ class Choice:
             if name in _PRODUCTS:
                 self.stages[node] = stages_of(name, _with_tensors(gm, bound(node)))
                 self.layouts[node] = CHANNELS_FIRST if name in _CONVOLUTIONS else CHANNELS_LAST
+            elif name == _MATMUL:
+                self.layouts[node] = MATRICES
+            elif self.exact and name == "quantize_int8":
+                return
+            elif self.exact and name in _BETWEEN:
+                raise CannotRunError(_EXACT)
             elif name == "quantize_int8":
                 source = node.args[0]
                 if source not in self.chosen:
@@ -167,15 +174,19 @@ class Choice:
         depths = self._depths(gm)
         before = len(self.chosen)
         for node in reversed(gm.graph.nodes):
-            if node in self.chosen and node not in self.stages and not any(u in self.chosen for u in node.users):
+            if self._is_between(node) and not any(u in self.chosen for u in node.users):
                 self._leave(node, _NO_NEIGHBOUR)
         for node in gm.graph.nodes:
-            if node in self.chosen and node not in self.stages:
+            if self._is_between(node):
                 for source in node.all_input_nodes:
                     if source not in self.chosen or depths[source] != depths[node]:
                         self._leave(node, "its operand is of an earlier partition")
                         break
         return len(self.chosen) < before
+
+    def _is_between(self, node: Node) -> bool:
+        """Whether it is the NPU's for its neighbours' sake."""
+        return node in self.chosen and node not in self.stages and op_name(node) != _MATMUL
 
     def _leave(self, node: Node, reason: str) -> None:
         self.chosen.discard(node)
@@ -204,8 +215,28 @@ def _with_tensors(gm: GraphModule, arguments: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def _macs(node: Node, stages: list[Stage] | None) -> int:
+    """Multiply-adds of one sample; ``stages``: of a product with stored weights on the NPU."""
+    name, result = op_name(node), node.meta.get("val")
+    if stages is not None:
+        return _stage_macs(node, stages)
+    if name not in (_MATMUL, *_HOST_PRODUCTS) or not isinstance(result, Tensor):
+        return 0
+    a, size = bound(node), prod(shape_of(node))
+    if name in _ATTENTION:
+        *batch, queries, width = shape_of(a["query"])
+        keys, values = shape_of(a["key"])[-2], shape_of(a["value"])[-1]
+        return prod(batch) * queries * keys * (width + values)
+    if name in (_MATMUL, "matmul_f32"):
+        return size * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+    if name == "svd_weight_only_linear":
+        rank = int(a["rank"])
+        return size // shape_of(node)[-1] * rank * (shape_of(a["x"])[-1] + shape_of(node)[-1])
+    weight = shape_of(a["weight"])
+    return size * prod(weight[1:])
+
+
 def _stage_macs(node: Node, stages: list[Stage]) -> int:
-    """Multiply-adds of one sample."""
     total, (x, y) = 0, (shape_of(node.args[0]), shape_of(node))  # type: ignore[arg-type]
     spatial = op_name(node) in _CONVOLUTIONS
     pixels, after = (prod(x[2:]), prod(y[2:])) if spatial else (prod(x[:-1]), prod(y[:-1]))
@@ -214,24 +245,6 @@ def _stage_macs(node: Node, stages: list[Stage]) -> int:
         rows = pixels if len(stages) == 3 and index == 0 else after
         total += rows * stage.weight.size
     return total
-
-
-def _host_macs(node: Node) -> int:
-    name, result = op_name(node), node.meta.get("val")
-    if name not in _HOST_PRODUCTS or not isinstance(result, Tensor):
-        return 0
-    a, size = bound(node), prod(shape_of(node))
-    if name in _ATTENTION:
-        *batch, queries, width = shape_of(a["query"])
-        keys, values = shape_of(a["key"])[-2], shape_of(a["value"])[-1]
-        return prod(batch) * queries * keys * (width + values)
-    if name == "matmul_f32":
-        return size * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
-    if name == "svd_weight_only_linear":
-        rank = int(a["rank"])
-        return size // shape_of(node)[-1] * rank * (shape_of(a["x"])[-1] + shape_of(node)[-1])
-    weight = shape_of(a["weight"])
-    return size * prod(weight[1:])
 
 
 def _rewritten(gm: GraphModule, choice: Choice) -> Split:
@@ -280,7 +293,7 @@ def _called(
         if scales is not None:
             factor = float(scales[0]) if len(set(scales)) == 1 else _stored(gm, graph, scales)
             value = graph.call_function(aten.to.dtype, (value, torch.float32))
-            value = graph.call_function(aten.mul.Tensor, (value, factor))
+            value = value if factor == 1.0 else graph.call_function(aten.mul.Tensor, (value, factor))
         made[node] = _from_npu(graph, value, shape_of(node), layout)
     return made
 

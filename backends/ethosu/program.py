@@ -1,6 +1,7 @@
 """A TOSA 1.0 graph as data: what a partition of a profile is before it is serialized.
 
-Tensors are int8, int16 or int32; images lie as [1, height, width, channels] and matrices as [1, rows, rows, columns].
+Tensors are int8, int16 or int32; images lie as [1, height, width, channels], matrices as [1, rows, rows, columns], and
+those of a product of two tensors as [count, rows, columns].
 Operators mean what the TOSA specification says (https://www.mlplatform.org/tosa/tosa_spec_1_0_0.html);
 ``reference.py`` states it in torch, ``serialize.py`` writes the flatbuffer.
 """
@@ -93,6 +94,10 @@ class Program:
             dilation=tuple(dilation),
         )
 
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """int8 ``a`` [count, n, k] times int8 ``b`` [count, k, m] -> int32."""
+        return self._add("MATMUL", [a, b], (*a.shape[:2], b.shape[2]), "int32")
+
     def max_pool(self, x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
         x, pad, size = self._window(x, kernel, stride, padding)
         shape = (1, *size, x.shape[3])
@@ -145,6 +150,9 @@ class Program:
         """int16 ``x``, int16 ``table`` [513] -> int32, 128 times the entries, interpolated; int8 ``x``, int8 ``table``
         [256] -> int8."""
         return self._add("TABLE", [x], x.shape, "int32" if x.dtype == "int16" else "int8", table=table.astype(x.dtype))
+
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        return self._add("RESHAPE", [x], shape, x.dtype)
 
     def reduce_sum(self, x: Tensor, axis: int) -> Tensor:
         shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])

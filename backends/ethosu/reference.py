@@ -56,6 +56,10 @@ def _convolution(operator: Operator, x: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).to(torch.int64)
 
 
+def _matmul(operator: Operator, a: Tensor, b: Tensor) -> Tensor:
+    return (a.to(torch.float64) @ b.to(torch.float64)).to(torch.int64)  # as exact
+
+
 def _rescale(operator: Operator, x: Tensor) -> Tensor:
     a = operator.attributes
     multiplier, shift = (torch.from_numpy(a[name]).to(torch.int64) for name in ("multiplier", "shift"))
@@ -88,6 +92,7 @@ def _slice(operator: Operator, x: Tensor) -> Tensor:
 _MEANING: dict[str, Callable[..., Any]] = {
     "CONV2D": _convolution,
     "DEPTHWISE_CONV2D": _convolution,
+    "MATMUL": _matmul,
     "RESCALE": _rescale,
     "ADD": lambda operator, a, b: a + b,
     "MUL": lambda operator, a, b: a * b,
@@ -96,6 +101,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "MINIMUM": lambda operator, x: x.clamp(max=operator.attributes["limit"]),
     "TABLE": _table,
     "MAX_POOL2D": _max_pool,
+    "RESHAPE": lambda operator, x: x.reshape(operator.output.shape),
     "REDUCE_SUM": lambda operator, x: x.sum(operator.attributes["axis"], keepdim=True),
     "SLICE": _slice,
 }

@@ -1,6 +1,6 @@
 """A program as a TOSA 1.0 flatbuffer, by the TOSA project's own serializer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,9 @@ class _Writer:
         array = np.asarray(values, dtype)
         return str(self.graph.addConst(list(array.shape), _DTYPES[dtype], array).name)
 
+    def shape(self, sizes: Sequence[int]) -> str:
+        return str(self.graph.addConst([len(sizes)], tosa.DType.SHAPE, list(sizes)).name)
+
     def write(self, operator: Operator) -> None:
         attribute = tosa.TosaSerializerAttribute()
         constants = _ATTRIBUTES[operator.kind](self, attribute, operator, **operator.attributes)
@@ -58,6 +61,11 @@ def _convolution(
     make(list(a["pad"]), list(a["stride"]), list(a["dilation"]), False, tosa.DType.INT32)
     zero_points = [w.constant([input_zp], "int8"), w.constant([0], "int8")]
     return [w.constant(weight, "int8"), w.constant(bias, "int32"), *zero_points]
+
+
+def _matmul(w: _Writer, attribute: Any, op: Operator) -> list[str]:
+    attribute.MatMulAttribute()
+    return [w.constant([0], "int8") for _ in op.inputs]
 
 
 def _rescale(w: _Writer, attribute: Any, op: Operator, multiplier: Any, shift: Any, **zero: int) -> list[str]:
@@ -102,15 +110,20 @@ def _reduce_sum(w: _Writer, attribute: Any, op: Operator, axis: int) -> list[str
     return []
 
 
+def _reshape(w: _Writer, attribute: Any, op: Operator) -> list[str]:
+    attribute.ReshapeAttribute()
+    return [w.shape(op.output.shape)]
+
+
 def _slice(w: _Writer, attribute: Any, op: Operator, start: Any) -> list[str]:
     attribute.SliceAttribute()
-    sizes = (start, op.output.shape)
-    return [str(w.graph.addConst([len(size)], tosa.DType.SHAPE, list(size)).name) for size in sizes]
+    return [w.shape(start), w.shape(op.output.shape)]
 
 
 _ATTRIBUTES: dict[str, Callable[..., list[str]]] = {
     "CONV2D": _convolution,
     "DEPTHWISE_CONV2D": _convolution,
+    "MATMUL": _matmul,
     "RESCALE": _rescale,
     "ADD": _add,
     "MUL": _multiply,
@@ -119,6 +132,7 @@ _ATTRIBUTES: dict[str, Callable[..., list[str]]] = {
     "MINIMUM": _limit,
     "TABLE": _table,
     "MAX_POOL2D": _max_pool,
+    "RESHAPE": _reshape,
     "REDUCE_SUM": _reduce_sum,
     "SLICE": _slice,
 }

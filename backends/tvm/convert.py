@@ -12,11 +12,13 @@ import tvm
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tvm import relax, te
+from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.convert_convs import CONV_CONVERTERS
 from t3c_compile.backends.tvm.convert_floats import FLOAT_CONVERTERS, Attend, attention_f32, one_kernel
-from t3c_compile.backends.tvm.kernels import floats, linear, pack, quantize, vmath, weight_only
+from t3c_compile.backends.tvm.kernels import floats, linear, pack, quantize, rows, vmath, weight_only
+from t3c_compile.backends.tvm.kernels.table import Kernel
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering, UnsupportedOpError, scalars
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 
@@ -251,6 +253,26 @@ def _npu(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.emit(relax.call_dps_packed("t3c.npu.run", arguments, results))
 
 
+def _affine(lower: Lowering, a: Arguments) -> relax.Var:
+    def affine(x: te.Tensor, gain: te.Tensor, bias: te.Tensor) -> te.Tensor:
+        def element(*index: Expr) -> Expr:
+            # Of each channel: those of images are [channels, 1, 1].
+            channel = (index[-len(gain.shape)], *[0] * (len(gain.shape) - 1))
+            return T.fma(x(*index), gain(*channel), bias(*channel))
+
+        return te.compute(x.shape, element, name="affine")
+
+    return lower.expression(affine, *(lower.value(a[name]) for name in ("x", "gain", "bias")))
+
+
+def _of_rows(kernel: Kernel, dtype: str, lower: Lowering, a: Arguments) -> relax.Var:
+    """A kernel that gives every row, as ``dtype``, and a number of it."""
+    (x,) = (lower.value(node) for node in a.values())
+    *lead, count = shape_of(x)
+    made = kernel(lower.isa, dims(lead), dims([count])[0])
+    return relax.Tuple(lower.call_several(made, [x], [([*lead, count], dtype), ([*lead, 1], "float32")]))
+
+
 CONVERTERS: dict[str, Converter] = {
     "quantize_int8.default": _quantize,
     "dequantize_int8.default": _dequantize,
@@ -271,6 +293,9 @@ CONVERTERS: dict[str, Converter] = {
     "index_copy.default": _index_copy,
     "scaled_dot_product_attention.default": attention,
     "npu.default": _npu,
+    "affine.default": _affine,
+    "integer_rows.default": partial(_of_rows, rows.integer_rows, "int8"),
+    "exponentials.default": partial(_of_rows, rows.exponential_rows, "float32"),
     "hardsigmoid.default": partial(_float_expression, _hardsigmoid),
     "hardswish.default": partial(_float_expression, _hardswish),
     **CONV_CONVERTERS,

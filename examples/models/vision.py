@@ -21,11 +21,11 @@ _SMALL_CLASSES = 16
 
 
 @torch.no_grad()
-def settled(model: nn.Module, image: int) -> nn.Module:
+def settled(model: nn.Module, image: tuple[int, int, int]) -> nn.Module:
     """``model`` in eval mode, scaled so that every layer says something.
 
     Linear weights keep their input's variance (recipes start them nearer to zero, heads at zero), and batch norms get
-    the statistics of a few random images.
+    the statistics of a few random images, of the shape ``image``.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -34,7 +34,7 @@ def settled(model: nn.Module, image: int) -> nn.Module:
     if norms:
         for norm in norms:
             norm.momentum = None  # a cumulative mean
-        model.train()(torch.randn(4, 3, image, image))
+        model.train()(torch.randn(4, *image))
         for norm in norms:
             norm.momentum = 0.1
     return model.eval()
@@ -49,7 +49,8 @@ def _builder(name: str, make: Callable[[bool], nn.Module], sizes: tuple[int, int
 
     def build(small: bool) -> nn.Module:
         torch.manual_seed(0)
-        return settled(make(small), _image(small, sizes))
+        side = _image(small, sizes)
+        return settled(make(small), (3, side, side))
 
     def images(count: int, seed: int, small: bool) -> tuple[Tensor]:
         side = _image(small, sizes)

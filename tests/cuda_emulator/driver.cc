@@ -32,6 +32,7 @@ std::function<void()> kernel;
 int slots[32][32][16];
 unsigned long block_waits, warp_waits[32];  // of all threads of the block, of a warp
 bool backwards;
+int generation = 8;
 
 void fiber_main() {
   kernel();
@@ -85,6 +86,7 @@ void run_block() {
 
 extern "C" {
 void t3c_run_backwards(int yes) { backwards = yes; }
+void t3c_be_generation(int number) { generation = number; }
 
 void t3c_wait(int warp_only) {
   Fiber& fiber = fibers[current];
@@ -149,8 +151,8 @@ int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuInit(unsigned) { return 0; }
 int cuDeviceGet(int* device, int) { *device = 0; return 0; }
 int cuDeviceGetCount(int* count) { *count = 1; return 0; }
-// Compute capability 8.0.
-int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute == 75 ? 8 : 0; return 0; }
+// The compute capability: 8.0, or that of another generation.
+int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute == 75 ? generation : 0; return 0; }
 int cuDeviceGetName(char* name, int size, int) { snprintf(name, size, "emulated"); return 0; }
 int cuTensorMapEncodeTiled() { return 1; }
 

@@ -16,7 +16,6 @@ from t3c_compile.backends.tvm.cuda.float_gemm import float_product
 from t3c_compile.backends.tvm.cuda.gemm import Left, Product, Right, multiply
 from t3c_compile.backends.tvm.cuda.rows import Row, for_each_row
 from t3c_compile.backends.tvm.cuda.threads import words
-from t3c_compile.backends.tvm.kernels.attention import LEAST
 from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, Layout
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
@@ -29,7 +28,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     static,
     when,
 )
-from t3c_compile.backends.tvm.kernels.rows import add
+from t3c_compile.backends.tvm.kernels.rows import LEAST, add
 from t3c_compile.backends.tvm.kernels.vmath import Lanes
 from t3c_compile.passes.ops.float_math import fast_exp
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM, MOST, STEP

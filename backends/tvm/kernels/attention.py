@@ -32,12 +32,11 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.rows import exponentials, join_lanes
+from t3c_compile.backends.tvm.kernels.rows import LEAST, exponentials, join_lanes
 from t3c_compile.passes.ops.float_math import PARTIAL_SUMS
 
 _WIDE = PARTIAL_SUMS
 _INFINITY = float("inf")
-LEAST = -3.4028234663852886e38  # finite, so that a row without a key has no inf - inf
 
 
 # Rows a task of integers takes: what it packs once is paid back by more of them.

@@ -1,4 +1,4 @@
-"""Kernels that reduce: layer norm, RMS norm and softmax over the last axis, and mean.
+"""Kernels that reduce: layer norm, RMS norm, softmax and rounding to int8 over the last axis, and mean.
 
 Sums are those of ``passes.ops.float_math.row_sum`` on every target: sixteen partial sums, then halves.
 """
@@ -24,14 +24,17 @@ from t3c_compile.backends.tvm.kernels.emit import (
     product,
     static,
     store,
+    vec,
     when,
 )
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.vmath import Lanes
+from t3c_compile.backends.tvm.kernels.vmath import Lanes, nearest
 from t3c_compile.passes.ops.float_math import PARTIAL_SUMS, fast_exp
+from t3c_compile.passes.ops.int8_attention import LEAST_NORM, MOST, STEP
 
 _WIDE = PARTIAL_SUMS
+LEAST = -3.4028234663852886e38  # finite, so that a row without a key has no inf - inf
 _ARITHMETIC = Lanes(_WIDE)
 
 
@@ -107,12 +110,68 @@ def softmax(isa: Isa, lead: tuple[int | str, ...], count: int | str) -> tvm.tirx
         @for_each(rows, product((rows, size, 8)))
         def _(row: Index) -> None:
             start = T.bind(row * size)
-            scores = T.alloc_buffer((blocks * _WIDE,), "float32")
-            store(scores, (blocks - 1) * _WIDE, fill(float32(float("-inf")), _WIDE), _WIDE)
-            chunks(size, _WIDE, lambda i, n: store(scores, i, load(x, start + i, n), n))
-            top = reduce_row(blocks * _WIDE, float("-inf"), lambda i, n: load(scores, i, n), T.max, T.max)
-            inverse = T.bind(T.float32(1.0) / exponentials(scores, 0, blocks, top))
+            scores, total = _row_exponentials(x, start, size, blocks, float("-inf"))
+            inverse = T.bind(T.float32(1.0) / total)
             chunks(size, isa.lanes, lambda i, n: store(y, start + i, load(scores, i, n) * fill(inverse, n), n))
+
+    return function.func
+
+
+def _row_exponentials(x: Buffer, start: Index, size: Index, blocks: Index, least: float) -> tuple[Buffer, Expr]:
+    """``exp(x - max(x, least))`` of a row of ``x``, in whole vectors, and their sum."""
+    scores = T.alloc_buffer((blocks * _WIDE,), "float32")
+    store(scores, (blocks - 1) * _WIDE, fill(float32(float("-inf")), _WIDE), _WIDE)
+    chunks(size, _WIDE, lambda i, n: store(scores, i, load(x, start + i, n), n))
+    top = reduce_row(blocks * _WIDE, least, lambda i, n: load(scores, i, n), T.max, T.max)
+    return scores, exponentials(scores, 0, blocks, top)
+
+
+@cache
+def exponential_rows(isa: Isa, lead: tuple[int | str, ...], count: int | str) -> tvm.tirx.PrimFunc:
+    """(float32 x [*lead, count], y like it, inverse [*lead, 1]): ``t3c::exponentials``."""
+    with prim_func("exponentials") as function:
+        x, y, inverse = function.args(
+            x=((*lead, count), "float32"), y=((*lead, count), "float32"), inverse=((*lead, 1), "float32")
+        )
+        rows, size = function.size(lead), function.size((count,))
+        blocks = ceil_div(size, _WIDE)
+
+        @for_each(rows, product((rows, size, 8)))
+        def _(row: Index) -> None:
+            start = T.bind(row * size)
+            scores, total = _row_exponentials(x, start, size, blocks, LEAST)
+            T.buffer_store(inverse, T.float32(1.0) / T.max(total, T.float32(1.0)), [row])
+            chunks(size, isa.lanes, lambda i, n: store(y, start + i, load(scores, i, n), n))
+
+    return function.func
+
+
+@cache
+def integer_rows(isa: Isa, lead: tuple[int | str, ...], count: int | str) -> tvm.tirx.PrimFunc:
+    """(float32 x [*lead, count], int8 y like it, float32 step [*lead, 1]): ``t3c::integer_rows``."""
+    with prim_func("integer_rows") as function:
+        x, y, step = function.args(
+            x=((*lead, count), "float32"), y=((*lead, count), "int8"), step=((*lead, 1), "float32")
+        )
+        rows, size = function.size(lead), function.size((count,))
+
+        @for_each(rows, product((rows, size, 2)))
+        def _(row: Index) -> None:
+            start = T.bind(row * size)
+
+            def magnitude(i: Index, n: int) -> Expr:
+                value = T.bind(load(x, start + i, n))
+                return T.max(value, fill(T.float32(0), n) - value)
+
+            greatest = T.bind(T.max(reduce_row(size, 0.0, magnitude, T.max, T.max), float32(LEAST_NORM)))
+            T.buffer_store(step, greatest * float32(STEP), [row])
+            ratio = T.bind(T.float32(MOST) / greatest)
+
+            def narrow(i: Index, n: int) -> None:
+                whole = nearest(load(x, start + i, n) * fill(ratio, n), n)
+                store(y, start + i, T.cast(whole, vec("int8", n)), n)
+
+            chunks(size, _WIDE, narrow)
 
     return function.func
 
