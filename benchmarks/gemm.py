@@ -3,8 +3,8 @@
 The peak is measured beside them: the same dot product (int8) or fused multiply-add (float32) on registers and a few
 cached bytes. Products are whole kernels with their epilogue: int8 reads and writes int8, float32 reads and writes
 float32; weights are packed and lie in cache as far as they fit. Every round runs each once, in turn; a figure is the
-share of the median peak that the median round reached. Results go to ``benchmarks/results/gemm.json``, in place of those
-of the same CPU.
+share of the median peak that the median round reached. Results go to ``benchmarks/results/gemm.json``, in place of
+those of the same CPU.
 """
 
 import argparse
