@@ -94,7 +94,9 @@ def test_training_raises_the_least_profile(digits, trained: nn.Module) -> None: 
     quick(elastic, digits.Batches(data.train, 64, augmented=True), epochs=6, controller=controller)
     assert digits.accuracy(elastic, data.test) >= full - 0.01
     set_least(elastic, data.calibration[0])
-    assert digits.accuracy(elastic, data.test) >= before + 0.03
+    # Of what it is below the full model untrained, half at least is made good.
+    assert full - before >= 0.03
+    assert digits.accuracy(elastic, data.test) >= (full + before) / 2
 
 
 def test_the_model_is_left_at_full_rank() -> None:
