@@ -47,9 +47,10 @@ How each was deployed, and what the columns are:
   row: the share of calls above its own; of a baseline, which cannot move: above each, in the mean.
 
 What this page does not show yet: three seeds, the ablations, the text task, and T3C on the language model. T3C's rows
-of the digits tasks were trained by steps of all three at once (full, least and sampled options); the times of a step
-are those of today's trainer, which takes one of the three a step. The learning rate of the text task was once compared
-on its test split, and has to be chosen on its calibration data before its rows are filled.
+of the digits tasks were trained by steps of all three at once (full, least and sampled options), and all rows below 8
+bits are from before widths rounded to even; the times of a step are those of today's trainer, which takes one of the
+three a step. The learning rate of the text task was once compared on its test split, and has to be chosen on its
+calibration data before its rows are filled.
 """
 
 _COMMAND = "python -m benchmarks.paper"
