@@ -237,7 +237,8 @@ def train(
             checkpoint of another run.
     """
     steps = _count(batches, epochs)
-    for index, batch in enumerate(batches if isinstance(batches, list | tuple) else ()):
+    # A list of a class of its own may not like to be read before its time.
+    for index, batch in enumerate(batches if type(batches) in (list, tuple) else ()):
         _checked(elastic, batch, index)
     weights = weights or LossWeights()
     controller = controller or Controller(chains(elastic, Grid()), layer_groups(elastic))

@@ -102,8 +102,8 @@ def test_lowered_for_x86_64(name: str, tmp_path: Path) -> None:
         found = machine["profile_0"](*(tvm.runtime.tensor(x.numpy()) for x in inputs), tensors).numpy()
         expected = reference(name, inputs)
         assert relative(torch.from_numpy(found), expected) < 1e-5
-    # Different images give different logits: a constant would pass otherwise.
-    assert float(expected.std(0).mean()) > 0.05 * float(expected.std())
+    # Different images give different logits, by hundreds of times what was compared: a constant would pass otherwise.
+    assert float(expected.std(0).mean()) > 5e-3 * float(expected.std())
 
 
 @pytest.mark.parametrize("name", ["timm_mobilenetv3_large"])

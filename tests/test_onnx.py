@@ -1,6 +1,7 @@
 """ONNX: exported profiles against torch in ONNX Runtime, their one file of weights, and ONNX files as models."""
 
 import json
+import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from examples.models.language import MODELS as LANGUAGE
 from examples.models.vision import MODELS as VISION
+from t3c_compile.backends import cpu
 from t3c_compile.backends.onnx import OnnxError, export_onnx, read_profiles
 from t3c_compile.backends.onnx.export import _translated
 from t3c_compile.backends.onnx.qdq import Expansion
@@ -166,7 +168,12 @@ def assert_equal_but_for_ties(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_profiles_equal_torch(exported: Callable[[str], Exported], name: str, index: int) -> None:
-    """At two batch sizes (and lengths), as written and as ONNX Runtime optimizes it."""
+    """At two batch sizes (and lengths), as written and as ONNX Runtime optimizes it.
+
+    Its kernels let products of bytes overflow int16 on an x86 processor without a dot product of them:
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    """
+    overflows = platform.machine() == "x86_64" and not cpu.features() & {"avx512_vnni", "avx_vnni"}
     found = exported(name)
     profile = found.profiles[index]
     path = found.folder / f"{profile.name}.onnx"
@@ -174,8 +181,9 @@ def test_profiles_equal_torch(exported: Callable[[str], Exported], name: str, in
     for inputs in found.batches:
         expected = found.reference(profile, inputs)
         assert_equal_but_for_ties(run(path, inputs, Level.ORT_DISABLE_ALL), expected)
-        assert_equal_but_for_ties(run(path, inputs, disabled_optimizers=ROUNDS), expected)
-        assert errors(run(path, inputs), expected).max() <= 2e-2
+        if not overflows:
+            assert_equal_but_for_ties(run(path, inputs, disabled_optimizers=ROUNDS), expected)
+            assert errors(run(path, inputs), expected).max() <= 2e-2
 
 
 # Products of integers in a deployed op.
