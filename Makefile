@@ -27,7 +27,7 @@ demo: .venv/installed
 # Where the arm64 system cannot be built its tests are skipped with the reason; with CI=true they fail.
 test: .venv/installed-dev
 	@$(BIN)/python scripts/arm64_root.py || test "$$CI" != true
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Many times as many random graphs and damaged files as in `make test`; it prints the seeds, the refusals and reasons.
 fuzz: .venv/installed-dev
