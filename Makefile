@@ -2,6 +2,7 @@
 # make test     install everything and run the tests
 # make fuzz     3000 random graphs, 100,000 damaged files
 # make kills    50 kills of each of train, tune, lower and certify
+# make digits   both digits models end to end, as make test does one
 # make check    lint, formatting, types, documentation
 # make docs     the documentation, in build/site
 # make runner   the runner without Python, for this machine and for arm64, in build/runner
@@ -15,10 +16,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 PACKAGE := --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz kills check typed docs arm64-root runner clean
+.PHONY: help demo test fuzz kills digits check typed docs arm64-root runner clean
 
 help:
-	@echo "make demo | test | fuzz | kills | check | docs | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
+	@echo "make demo | test | fuzz | kills | digits | check | docs | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
 
 demo: .venv/installed
 	@$(BIN)/python scripts/arm64_root.py || echo "arm64 is left out of the demo: see the line above"
@@ -36,6 +37,9 @@ fuzz: .venv/installed-dev
 
 kills: .venv/installed-dev
 	T3C_KILLS=50 $(BIN)/python -m pytest tests/test_kills.py
+
+digits: .venv/installed-dev
+	T3C_DIGITS="cnn vit" $(BIN)/python -m pytest tests/test_digits.py
 
 check: .venv/installed-dev typed
 	$(BIN)/ruff check .
