@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from t3c_compile.drift import Array
 from t3c_compile.manifest import SIGNATURE, ArtifactError, Manifest, check_files, read_manifest, write_manifest
-from t3c_compile.measuring import CALLS, WARM_UP, made_up, measure
+from t3c_compile.measuring import CALLS, WARM_UP, latencies, made_up, measure
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.progress import progress_bar
 from t3c_compile.runtime import checked_inputs, refusal
@@ -197,9 +195,8 @@ def _on_devices(
             folder, target, names, arrays, remotes, WARM_UP, CALLS, timeout, lambda: bar.advance(task)
         )
     return [
-        {
-            "latency_ms": round(1e3 * float(np.median(times.seconds)), 5),
-            "latency_p90_ms": round(1e3 * float(np.percentile(times.seconds, 90)), 5),
+        latencies([1e3 * seconds for seconds in times.seconds])
+        | {
             "source": f"measured on {times.device} over RPC, {times.threads} threads, {batch}, {CALLS} calls",
             "outputs": times.outputs,
         }

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from t3c_compile.backends.targets import Target, get_target
 from t3c_compile.backends.tvm.build import build_library
@@ -147,16 +148,10 @@ def _require_same_tensors(graph: GraphModule, store: Store, folder: Path) -> Non
 def _difference(session: Session, graph: GraphModule, inputs: Inputs) -> float:
     """The greatest absolute difference of an output."""
     with torch.no_grad():
-        expected = _flat(graph(*inputs))
+        expected = tree_leaves(graph(*inputs))
     found = session.run(*[x.numpy() for x in inputs])
     results = found if isinstance(found, tuple) else (found,)
     return float(max(_apart(y, x.numpy()).max(initial=0) for y, x in zip(results, expected, strict=True)))
-
-
-def _flat(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    return [tensor for item in outputs for tensor in _flat(item)]
 
 
 def _apart(found: Array, expected: Array) -> Array:

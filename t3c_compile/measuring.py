@@ -53,6 +53,14 @@ def made_up(inputs: Sequence[Mapping[str, Any]]) -> list[np.ndarray[Any, Any]]:
     return found
 
 
+def latencies(milliseconds: Sequence[float]) -> dict[str, Any]:
+    """A profile's, of the times of its calls."""
+    return {
+        "latency_ms": round(float(np.median(milliseconds)), 5),
+        "latency_p90_ms": round(float(np.percentile(milliseconds, 90)), 5),
+    }
+
+
 def _milliseconds(session: Session, inputs: list[np.ndarray[Any, Any]]) -> float:
     start = time.perf_counter()
     session.run(*inputs)
@@ -82,13 +90,8 @@ def _main(artifact: str, target: str, kind: str, given: str) -> None:
     for profile in session.profiles:
         session.set_profile(profile.name)
         times = [_milliseconds(session, inputs) for _ in range(WARM_UP + CALLS)][WARM_UP:]
-        found.append(
-            {
-                "latency_ms": round(float(np.median(times)), 5),
-                "latency_p90_ms": round(float(np.percentile(times, 90)), 5),
-                **(_energy(session, inputs, meter) if meter else {"energy_source": f"{MODELLED}; {why}"}),
-            }
-        )
+        energy = _energy(session, inputs, meter) if meter else {"energy_source": f"{MODELLED}; {why}"}
+        found.append(latencies(times) | energy)
     print(json.dumps(found))
 
 

@@ -50,13 +50,6 @@ def _close(found: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
     assert float((found - expected).abs().max()) <= rtol * float(expected.abs().max())
 
 
-def _close_but_for_ties(found: Tensor, expected: Tensor) -> None:
-    """2e-3; a rounding tie in a float stage may move one int8 step of the next, which 1% of the results may show."""
-    _close(found, expected, 1e-2)
-    off = (found - expected).abs() > 2e-3 * float(expected.abs().max())
-    assert float(off.float().mean()) <= 0.01
-
-
 @pytest.mark.parametrize("net", LAYER_NETS)
 def test_full_rank_equals_the_model_with_its_gradients(net: str) -> None:
     """Outputs to 1e-4 in both modes; gradients of the inputs, and of every weight through its factors, to 1e-3."""
@@ -91,7 +84,10 @@ def test_full_rank_equals_the_model_with_its_gradients(net: str) -> None:
 
 @pytest.mark.parametrize("net", LAYER_NETS)
 def test_specialized_reexported_and_compiled(net: str, tmp_path: Path) -> None:
-    """The profile's graph is the elastic graph, re-exports to the bit, and runs compiled."""
+    """The profile's graph is the elastic graph (2e-3), re-exports to the bit, and runs compiled (2e-3).
+
+    A rounding tie in a float stage may move one int8 step of the next.
+    """
     model, inputs = layer_net(net)
     elastic = transform(model, inputs)
     options = _profile(elastic, 8, 6)
@@ -101,7 +97,7 @@ def test_specialized_reexported_and_compiled(net: str, tmp_path: Path) -> None:
         expected = elastic(*inputs)
         graph = specialize(elastic, options)
         found = graph(*inputs)
-        _close_but_for_ties(found, expected)
+        _close(found, expected, 2e-3)
         program = torch.export.export(graph, inputs, strict=False)
         assert torch.equal(program.module()(*inputs), found)
     assert not [node for node in graph.graph.nodes if node.op == "call_module" or "batch_norm" in str(node.target)]
@@ -111,7 +107,7 @@ def test_specialized_reexported_and_compiled(net: str, tmp_path: Path) -> None:
     state = graph.state_dict()
     tensors = packed(machine, library, state)
     compiled = machine["profile_0"](*(tvm.runtime.tensor(x.numpy()) for x in inputs), tensors)
-    _close_but_for_ties(torch.from_numpy(np.array(compiled.numpy())), found)
+    _close(torch.from_numpy(np.array(compiled.numpy())), found, 2e-3)
 
 
 @pytest.mark.parametrize("net", ["linears", "convs", "attention", "tied"])

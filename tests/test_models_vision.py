@@ -17,6 +17,7 @@ from torch import Tensor
 from tvm.runtime import vm as runtime
 
 import t3c_compile as t3c
+from t3c_compile import snapping
 from t3c_compile.artifact import export_profiles, lower
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import build_library
@@ -45,9 +46,11 @@ def transformed(name: str) -> Any:
 
 @cache
 def snapped(name: str) -> tuple[Any, ProfileSet]:
-    """The elastic model and its least and greatest profile."""
+    """The elastic model and its least and greatest profile, whichever of them random weights make the better."""
     elastic = transformed(name)
-    return elastic, t3c.snap(elastic, [MODELS[name].other_inputs(True)], TARGETS, count=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapping, "drop_dominated", lambda profiles: (profiles, []))
+        return elastic, t3c.snap(elastic, [MODELS[name].other_inputs(True)], TARGETS, count=2)
 
 
 def greatest(profiles: ProfileSet) -> ProfileSet:
@@ -102,8 +105,8 @@ def test_lowered_for_x86_64(name: str, tmp_path: Path) -> None:
         found = machine["profile_0"](*(tvm.runtime.tensor(x.numpy()) for x in inputs), tensors).numpy()
         expected = reference(name, inputs)
         assert relative(torch.from_numpy(found), expected) < 1e-5
-    # Different images give different logits, by hundreds of times what was compared: a constant would pass otherwise.
-    assert float(expected.std(0).mean()) > 5e-3 * float(expected.std())
+    # Different images give different logits: a constant would pass otherwise.
+    assert float(expected.std(0).mean()) > 0.05 * float(expected.std())
 
 
 @pytest.mark.parametrize("name", ["timm_mobilenetv3_large"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from t3c_compile.measuring import made_up
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.runtime import Session, load
 
@@ -75,17 +76,6 @@ def kernel_times(artifact: Path, target: str, schedules: Mapping[str, str]) -> t
     )
 
 
-def _inputs(entries: list[dict[str, Any]]) -> list[np.ndarray[Any, Any]]:
-    generator = np.random.default_rng(0)
-    shapes = [[1 if isinstance(size, str) else size for size in entry["shape"]] for entry in entries]
-    return [
-        generator.standard_normal(shape).astype(entry["dtype"])
-        if entry["dtype"].startswith("float")
-        else np.zeros(shape, entry["dtype"])
-        for entry, shape in zip(entries, shapes, strict=True)
-    ]
-
-
 class _Watch:
     """An instrument of the virtual machine: microseconds of every step, by name."""
 
@@ -123,7 +113,7 @@ def _calls(session: Session, inputs: list[np.ndarray[Any, Any]]) -> list[float]:
 
 def _main(artifact: str, target: str) -> None:
     session = load(artifact, target)
-    inputs = _inputs(session.inputs)
+    inputs = made_up(session.inputs)
     shapes = ", ".join(f"{e['name']} {x.dtype}{list(x.shape)}" for e, x in zip(session.inputs, inputs, strict=True))
     found: list[dict[str, Any]] = []
     for profile in session.profiles:

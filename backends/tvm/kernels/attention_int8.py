@@ -8,7 +8,6 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels import vmath
 from t3c_compile.backends.tvm.kernels.attention_f32 import score_panels
 from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, RowTile
 from t3c_compile.backends.tvm.kernels.emit import (
@@ -26,7 +25,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
 from t3c_compile.backends.tvm.kernels.floats import tile_shape
 from t3c_compile.backends.tvm.kernels.gemm import spread_word
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
-from t3c_compile.backends.tvm.kernels.rows import join_lanes
+from t3c_compile.backends.tvm.kernels.rows import join_lanes, to_whole, whole_numbers
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM, MOST, STEP
 
 _WORDS = BLOCK * QUAD  # bytes a block of words
@@ -65,7 +64,8 @@ class IntegerProducts:
                 at = T.bind(start + key * self.key.step)
                 ratio = self._row(self.key.buffer, at, width, self.key_steps, block * BLOCK + i)
                 for column in range(0, width, BLOCK):
-                    store(line, column, T.cast(_whole(self.key.buffer, at + column, ratio), "int8x16"), BLOCK)
+                    whole = whole_numbers(self.key.buffer, at + column, ratio, BLOCK)
+                    store(line, column, T.cast(whole, "int8x16"), BLOCK)
                 with T.serial(0, words) as word:
                     store(self.keys, ((block * words + word) * BLOCK + i) * QUAD, load(line, word * QUAD, QUAD), QUAD)
             if self.key_sums is not None:
@@ -97,7 +97,7 @@ class IntegerProducts:
             for column in range(0, self.spec.value_width, BLOCK):
                 word: Expr = fill(T.int32(0), BLOCK)
                 for i, (at, ratio) in enumerate(rows):
-                    byte = _whole(self.value.buffer, at + column, ratio) & fill(T.int32(255), BLOCK)
+                    byte = whole_numbers(self.value.buffer, at + column, ratio, BLOCK) & fill(T.int32(255), BLOCK)
                     word = word | (byte << fill(T.int32(8 * i), BLOCK))
                 store(self.values_, (column // BLOCK * quads + quad) * _WORDS, T.reinterpret("int8x64", word), _WORDS)
 
@@ -108,9 +108,7 @@ class IntegerProducts:
             value = T.bind(load(x, at + column, BLOCK))
             size = T.max(value, fill(T.float32(0), BLOCK) - value)
             best = size if best is None else T.max(best, size)
-        greatest = T.bind(T.max(join_lanes(best, T.max), float32(LEAST_NORM)))
-        T.buffer_store(steps, greatest * float32(STEP), [place])
-        return T.bind(T.float32(MOST) / greatest)
+        return to_whole(join_lanes(best, T.max), steps, place)
 
     def scores(self, out: Buffer, tile: RowTile, seen: Index) -> Callable[[Index], Expr]:
         """Products of the tile's rows and the keys of ``seen`` blocks; what row r of them is to be multiplied by."""
@@ -122,7 +120,7 @@ class IntegerProducts:
             at = T.bind(tile.sources[r])
             ratio = self._row(self.query.buffer, at, width, steps, r)
             for column in range(0, width, BLOCK):
-                whole = _whole(self.query.buffer, at + column, ratio) + fill(T.int32(isa.offset), BLOCK)
+                whole = whole_numbers(self.query.buffer, at + column, ratio, BLOCK) + fill(T.int32(isa.offset), BLOCK)
                 store(queries, r * width + column, T.cast(whole, vec(isa.activation_dtype, BLOCK)), BLOCK)
 
         def panel(vector: Index, count: int) -> None:
@@ -168,7 +166,8 @@ class IntegerProducts:
             ratio = T.bind(T.float32(MOST) / greatest)
             with T.serial(0, seen) as block:
                 at = T.bind(start + block * BLOCK)
-                store(shares, at, T.cast(_whole(scores, at, ratio), vec(isa.activation_dtype, BLOCK)), BLOCK)
+                whole = whole_numbers(scores, at, ratio, BLOCK)
+                store(shares, at, T.cast(whole, vec(isa.activation_dtype, BLOCK)), BLOCK)
             T.buffer_store(factors, (greatest * float32(STEP)) * inverse[r], [r])
 
         def panel(first: Index, many: int) -> None:
@@ -221,8 +220,3 @@ class IntegerProducts:
                 for cell, column in zip(line, columns, strict=True):
                     store(cell, 0, self.isa.dot(load(cell, 0, lanes), row, column), lanes)
         return acc
-
-
-def _whole(x: Buffer, at: Index, ratio: Expr) -> Expr:
-    """Sixteen numbers of ``x`` as whole ones, int32."""
-    return vmath.nearest(load(x, at, BLOCK) * fill(ratio, BLOCK), BLOCK)

@@ -12,10 +12,10 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.depthwise import depthwise
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, Shape, prim_func, product
+from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, Shape, prim_func, product, static
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, count_rows, multiply, scratch_rows, tile_for
+from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows, tile_for
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa, for_weights
 from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, words_of_conv, words_of_matrix
 from t3c_compile.backends.tvm.kernels.tile import Tiles
@@ -128,7 +128,7 @@ def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         rows = product((batch, w.pixels))
         end = dense(isa, writer, s.outputs, x_scale, scale, bias)
         if not s.is_depthwise:
-            isa = for_weights(isa, s.bits, count_rows((s.batch, w.pixels)))
+            isa = for_weights(isa, s.bits, static(rows))
         images = _read(isa, s, w, batch, x, numbers, 2, zero_point)
         if s.is_depthwise:
             depthwise(isa, rows, s.channels, images.rows(), weight, zero_point, s.bits, end)
@@ -168,7 +168,8 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         h_to_g, scale = T.bind(numbers[2]), T.bind(numbers[3])
         writer = Writer(s.finish, ends)
         batch = function.size((s.batch,))
-        isa = for_weights(isa, s.bits, count_rows((s.batch, w.pixels)))
+        rows = product((batch, w.pixels))
+        isa = for_weights(isa, s.bits, static(rows))
         # An SVD's stride is taken as the image is read; the other forms begin with every pixel.
         seen = w if core is None else every_pixel(w)
         images = _read(isa, s, seen, batch, x, numbers, 4, zero_point)
@@ -184,7 +185,6 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
             to_h = middle(isa, h.buffer, h.at, k_in, mid_scale, x_to_h)
             multiply(isa, first, images.rows(), v, to_h, tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in))
             last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g, tiles)
-        rows = product((batch, w.pixels))
         end = chain_end(isa, writer, s.outputs, scale, gain, bias)
         tile = tile_for(isa, tiles, -1, (s.batch, w.pixels), s.outputs)
         multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end, tile)

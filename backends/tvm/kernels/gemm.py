@@ -96,23 +96,24 @@ def row_stride(inputs: int) -> int:
     return ceil_div(inputs, BLOCK) * BLOCK
 
 
+def as_read(isa: Isa, value: Expr, dtype: str, n: int) -> Expr:
+    """``n`` activations of ``dtype``, int8 or uint8 with 128 added, as ``isa`` reads them."""
+    if dtype == isa.activation_dtype:
+        return value
+    return T.reinterpret(vec(isa.activation_dtype, n), value) ^ fill(T.cast(128, isa.activation_dtype), n)
+
+
 def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
     """Copy int8 ``x`` [rows, inputs] to the form ``multiply`` reads."""
     stride, lanes = row_stride(inputs), isa.lanes * QUAD
     prepared = scratch_rows(isa, rows, inputs)
 
-    def convert(value: Expr, n: int) -> Expr:
-        if not isa.unsigned:
-            return value
-        return T.reinterpret(vec("uint8", n), value) ^ fill(T.uint8(isa.offset), n)
-
     @for_each(rows, product((rows, inputs)))
     def _(row: Index) -> None:
-        chunks(
-            inputs,
-            lanes,
-            lambda i, n: store(prepared.buffer, row * stride + i, convert(load(x, row * inputs + i, n), n), n),
-        )
+        def copy(i: Index, n: int) -> None:
+            store(prepared.buffer, row * stride + i, as_read(isa, load(x, row * inputs + i, n), "int8", n), n)
+
+        chunks(inputs, lanes, copy)
         if inputs % isa.word:
             with T.serial(0, isa.word - inputs % isa.word) as i:
                 T.buffer_store(prepared.buffer, T.cast(0, isa.activation_dtype), [row * stride + inputs + i])
@@ -218,11 +219,6 @@ def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue,
             emit(width if whole else rest)
 
 
-def count_rows(lead: Sequence[int | str]) -> int | None:
-    """The rows of ``lead`` dimensions, None where they are not known before the call."""
-    return prod(size for size in lead if isinstance(size, int)) if all(isinstance(s, int) for s in lead) else None
-
-
 def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], columns: int) -> Tile:
     """The tile of a kernel's product ``number``, of ``lead`` dimensions of rows: the tuned one, else the default."""
     return tiles[number] if tiles else default_tile(isa, lead, columns)
@@ -321,7 +317,8 @@ def _panel(
     at: Place = packed_at
     registers, bits, count = vectors * isa.height, p.bits, static(p.rows)
     packed, ahead, panel_bytes = weights, None, vectors * lanes * taps * tap_bytes // BLOCK
-    if isa.fetches and panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
+    # Narrow weights are read from scratch, and asking for more takes longer than the few instructions of a word.
+    if isa.fetches and not isa.narrow and panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
         ahead = T.bind(base + (column // BLOCK) * (taps * tap_bytes) + panel_bytes), panel_bytes
     narrow, turn = isa.narrow, isa.narrow.words(bits) if isa.narrow else isa.turn
     if narrow or (bits < 8 and isa.narrows_panels and (count is None or count > tile.rows)):

@@ -6,10 +6,10 @@ from functools import cache
 import tvm
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import prim_func
+from t3c_compile.backends.tvm.kernels.emit import prim_func, static
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import Product, count_rows, multiply, prepare_rows, scratch_rows, tile_for
+from t3c_compile.backends.tvm.kernels.gemm import Product, multiply, prepare_rows, scratch_rows, tile_for
 from t3c_compile.backends.tvm.kernels.isa import Isa, for_weights
 from t3c_compile.backends.tvm.kernels.pack import words_of_matrix
 from t3c_compile.backends.tvm.kernels.tile import Tiles
@@ -40,7 +40,6 @@ def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc
 
     ``numbers``: float32 x_scale, x_zero_point.
     """
-    isa = for_weights(isa, s.bits, count_rows(s.lead))
     with prim_func("int8_linear", tiles) as function:
         x, numbers, weight, scale, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
@@ -51,6 +50,7 @@ def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc
             **s.finish.arguments((*s.lead, s.outputs)),
         )
         rows = function.size(s.lead)
+        isa = for_weights(isa, s.bits, static(rows))
         x_scale, zero_point = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32"))
         writer = Writer(s.finish, ends)
         activations = prepare_rows(isa, x, rows, s.inputs)
@@ -66,7 +66,6 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
 
     ``numbers``: float32 x_scale / h_scale, x_zero_point, h_scale.
     """
-    isa = for_weights(isa, s.bits, count_rows(s.lead))
     with prim_func("svd_linear", tiles) as function:
         x, numbers, v, u, mid_scale, gain, bias, *ends = function.args(
             x=((*s.lead, s.inputs), "int8"),
@@ -79,6 +78,7 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
             **s.finish.arguments((*s.lead, s.outputs)),
         )
         rows = function.size(s.lead)
+        isa = for_weights(isa, s.bits, static(rows))
         to_h, zero_point, h_scale = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32")), T.bind(numbers[2])
         writer = Writer(s.finish, ends)
         activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(isa, rows, s.rank)

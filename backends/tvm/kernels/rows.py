@@ -146,6 +146,18 @@ def exponential_rows(isa: Isa, lead: tuple[int | str, ...], count: int | str) ->
     return function.func
 
 
+def to_whole(greatest: Expr, steps: Buffer, place: Index) -> Expr:
+    """What a row of ``greatest`` magnitude is multiplied by for whole numbers; one's worth to ``steps``."""
+    greatest = T.bind(T.max(greatest, float32(LEAST_NORM)))
+    T.buffer_store(steps, greatest * float32(STEP), [place])
+    return T.bind(T.float32(MOST) / greatest)
+
+
+def whole_numbers(x: Buffer, at: Index, ratio: Expr, n: int) -> Expr:
+    """``n`` numbers of ``x`` as whole ones, int32."""
+    return nearest(load(x, at, n) * fill(ratio, n), n)
+
+
 @cache
 def integer_rows(isa: Isa, lead: tuple[int | str, ...], count: int | str) -> tvm.tirx.PrimFunc:
     """(float32 x [*lead, count], int8 y like it, float32 step [*lead, 1]): ``t3c::integer_rows``."""
@@ -163,13 +175,10 @@ def integer_rows(isa: Isa, lead: tuple[int | str, ...], count: int | str) -> tvm
                 value = T.bind(load(x, start + i, n))
                 return T.max(value, fill(T.float32(0), n) - value)
 
-            greatest = T.bind(T.max(reduce_row(size, 0.0, magnitude, T.max, T.max), float32(LEAST_NORM)))
-            T.buffer_store(step, greatest * float32(STEP), [row])
-            ratio = T.bind(T.float32(MOST) / greatest)
+            ratio = to_whole(reduce_row(size, 0.0, magnitude, T.max, T.max), step, row)
 
             def narrow(i: Index, n: int) -> None:
-                whole = nearest(load(x, start + i, n) * fill(ratio, n), n)
-                store(y, start + i, T.cast(whole, vec("int8", n)), n)
+                store(y, start + i, T.cast(whole_numbers(x, start + i, ratio, n), vec("int8", n)), n)
 
             chunks(size, _WIDE, narrow)
 

@@ -39,7 +39,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import row_stride, spread_word, weight_words
+from t3c_compile.backends.tvm.kernels.gemm import as_read, row_stride, spread_word, weight_words
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
 from t3c_compile.backends.tvm.kernels.pack import Packing, nibbles_of_matrix, quads_of_matrix
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM
@@ -192,7 +192,7 @@ def _digits(isa: Isa, x: Buffer, rows: Index, inputs: int) -> tuple[Buffer, Buff
                 rest = T.bind(rest)
                 digit = T.bind(T.cast(rest, vec("int8", n)))
                 at = (row * _DIGITS + place) * stride + i
-                store(digits, at, T.reinterpret(vec(dtype, n), digit) ^ fill(T.cast(isa.offset, dtype), n), n)
+                store(digits, at, as_read(isa, digit, "int8", n), n)
                 rest = (rest - T.cast(digit, vec("int32", n))) >> fill(T.int32(8), n)
 
         chunks(inputs, lanes, split)

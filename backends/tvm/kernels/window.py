@@ -22,7 +22,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
 )
 from t3c_compile.backends.tvm.kernels.finish import quantized_int32
-from t3c_compile.backends.tvm.kernels.gemm import Rows, row_stride
+from t3c_compile.backends.tvm.kernels.gemm import Rows, as_read, row_stride
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
 # Bytes past the end that the last word or vector of channels may read.
@@ -121,8 +121,8 @@ class Images:
     def read(self, x: Buffer) -> None:
         """Take ``x`` [batch, H, W, channels], int8 or uint8 with 128 added: as it lies, or copied and padded."""
         w, (rows, columns), channels = self._window, self._size, self._channels
-        as_read = x.dtype == self._isa.activation_dtype
-        if as_read and self._picked and w.stride == (1, 1) and channels == self._stride:
+        formed = x.dtype == self._isa.activation_dtype
+        if formed and self._picked and w.stride == (1, 1) and channels == self._stride:
             self.buffer = x
             return
         self.allocate()
@@ -193,14 +193,11 @@ class Images:
 
     def _copy(self, x: Buffer, source: Index, target: Index, count: int) -> None:
         isa = self._isa
-
-        def copy(i: Index, n: int) -> None:
-            value = load(x, source + i, n)
-            if x.dtype != isa.activation_dtype:
-                value = T.reinterpret(vec(isa.activation_dtype, n), value) ^ fill(T.cast(128, isa.activation_dtype), n)
-            store(self.buffer, target + i, value, n)
-
-        chunks(count, isa.lanes * QUAD, copy)
+        chunks(
+            count,
+            isa.lanes * QUAD,
+            lambda i, n: store(self.buffer, target + i, as_read(isa, load(x, source + i, n), x.dtype, n), n),
+        )
 
     def _blank(self, start: Index, count: int) -> None:
         isa = self._isa
