@@ -1,4 +1,4 @@
-"""Small networks whose first int8 results a partition gives: one product between input and result on every path."""
+"""Small networks whose first int8 results a partition gives: one layer between input and result on every path."""
 
 from collections.abc import Callable
 

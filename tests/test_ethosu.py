@@ -137,16 +137,17 @@ ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def assert_within_a_step(model: nn.Module, x: Tensor, conv: str = "tucker2") -> None:
+def assert_within_a_step(model: nn.Module, x: Tensor, conv: str = "tucker2", chain: bool = False) -> None:
     """The int8 results of the first products: the NPU's meaning is within one step of ``t3c::``'s, and TOSA's model has
-    it bit for bit."""
+    it bit for bit. Of a chain of factors one value in a thousand may be two steps away: a step in its middle, which the
+    next factor multiplies, beside the result's own."""
     (graph,) = profile_graphs(settled(model, x), x, conv=conv)
     program, pairs, inputs = first_results(graph, x)
     assert pairs
     differences = [(got.to(torch.int32) - wanted).abs() for got, wanted in pairs]
-    assert max(int(d.max()) for d in differences) <= 1
-    share = np.mean([float((d > 0).float().mean()) for d in differences])
-    assert share < 0.05
+    assert max(int(d.max()) for d in differences) <= (2 if chain else 1)
+    assert np.mean([float((d > 0).float().mean()) for d in differences]) < 0.05
+    assert np.mean([float((d > 1).float().mean()) for d in differences]) < 0.001
     # They say something: not all are one number.
     assert len(torch.cat([wanted.flatten() for _, wanted in pairs]).unique()) > 20
     for given in inputs:
@@ -168,20 +169,20 @@ def test_rows_are_within_a_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "conv"),
+    ("first", "conv", "chain"),
     [
-        (nn.Conv2d(32, 96, 3, 2, 1), "tucker2"),
-        (nn.Conv2d(32, 24, 3, 1, 1), "cp"),
-        (nn.Conv2d(32, 96, 1, 2), "tucker2"),
-        (nn.Conv2d(32, 32, 3, 2, 1, groups=32), "tucker2"),
-        (nn.Conv2d(32, 40, 5, 1, 4, 2), "tucker2"),
+        (nn.Conv2d(32, 96, 3, 2, 1), "tucker2", True),
+        (nn.Conv2d(32, 24, 3, 1, 1), "cp", True),
+        (nn.Conv2d(32, 96, 1, 2), "tucker2", True),
+        (nn.Conv2d(32, 32, 3, 2, 1, groups=32), "tucker2", False),
+        (nn.Conv2d(32, 40, 5, 1, 4, 2), "tucker2", True),
     ],
     ids=["tucker2", "cp", "svd", "depthwise", "dilated"],
 )
-def test_forms_of_layers_are_within_a_step(first: nn.Conv2d, conv: str) -> None:
+def test_forms_of_layers_are_within_a_step(first: nn.Conv2d, conv: str, chain: bool) -> None:
     torch.manual_seed(0)
     model = Between(first, nn.Identity(), lambda a, b: F.relu(a), nn.Conv2d(first.out_channels, 8, 1))
-    assert_within_a_step(model, torch.randn(6, 32, 10, 9), conv)
+    assert_within_a_step(model, torch.randn(6, 32, 10, 9), conv, chain)
 
 
 class Whole:
