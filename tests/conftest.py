@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ctypes
+import gc
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from t3c_compile import qemu
 from t3c_compile.backends.tvm.cuda.nvrtc import require_compiler
 
 REPO = Path(__file__).resolve().parent.parent
+# What torch and TVM hold is long-lived: looking through all of it again and again took a twentieth of the time.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

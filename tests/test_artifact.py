@@ -401,9 +401,9 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(
 
 def test_an_artifact_replaced_under_a_loaded_one_is_loaded_anew(built: Built, tmp_path: Path) -> None:
     path = tmp_path / "net.t3c"
-    for last in (2, 3):
+    for last in (1, 2):
         some = ProfileSet(built.profiles.profiles[:last], built.profiles.order)
-        lower(built.elastic, some, TARGETS[:1], path, built.inputs)
+        lower(built.elastic, some, TARGETS[:1], path, built.inputs, measured=False)
         session = t3c_compile.load(path)
         assert len(session.profiles) == last
         _close(session.run(built.x.numpy()), built.reference(last - 1))

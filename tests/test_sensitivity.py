@@ -61,10 +61,11 @@ def test_effects_are_those_of_the_deployed_graph(net) -> None:
     full = torch.cat([model(x) for x in samples])
     before = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
 
-    effects = t3c_compile.sensitivity(elastic, [(x,) for x in samples], labels)
+    # Named, so that every machine has the same ranks; where bits alone differ, any of them may drift most.
+    target = get_target("x86_64-v3")
+    effects = t3c_compile.sensitivity(elastic, [(x,) for x in samples], labels, [target])
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in elastic.state_dict().items())
-    target = get_target("x86_64")
     ladder = chains(elastic, Grid(target.rank_multiple, target.bits))
     assert [(e.layer, e.option) for e in effects] == [(n, option) for n, chain in ladder.items() for option in chain]
     layers = dict(elastic_layers(elastic))
@@ -141,7 +142,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     whitened = transform(*mlp(), calibration=[(x,)])
     expected = t3c_compile.sensitivity(whitened, [(x,)], (x.sum(1) > 0).long())
     assert [(r["layer"], r["rank"], r["bits"]) for r in rows] == [
-        (e.layer, e.option.rank, e.option.bits) for e in expected
+        (e.layer, e.option.rank or None, e.option.bits) for e in expected
     ]
     assert [r["drift"] for r in rows] == pytest.approx([e.drift for e in expected], rel=1e-4)
     assert "<svg" in Path("map.svg").read_text()
