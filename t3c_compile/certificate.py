@@ -33,6 +33,8 @@ _SHARE, _CONFIDENCE = 0.95, 0.95
 # Where training has each layer's error ready: widths, and ranks as shares of the greatest.
 _WIDTHS = (4, 6, 8, 32)
 _RANKS = (0.0, 0.125, 0.25, 0.5, 1.0)
+# In one training step of so many a layer is measured, which costs several times what reading the table does.
+_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -217,11 +219,15 @@ class TrainingProxy(SpectralProxy):
     def drift(self, gates: Gates) -> Tensor:
         """Weight part of the bound (0-d, in logit 2-norm), differentiable in masks, widths and factors.
 
-        Each call measures one layer, in turn, at its gate and with gradients to its factors. The others are read from a
-        table of their errors by rank and width, corrected by what their last turn found.
+        Layers are read from a table of their errors by rank and width, corrected by what their last turn found. Every
+        fourth call measures one, in turn, at its gate and with gradients to its factors, four times as large.
         """
-        aged, index = self._state[_AGED], int(self._state[_TURN])
+        aged, turn = self._state[_AGED], int(self._state[_TURN])
         errors = self._read(gates) * aged
+        self._state[_TURN] = torch.tensor((turn + 1) % (_EVERY * len(self.layers)))
+        if (turn + 1) % _EVERY:
+            return self.scale * errors.sum()
+        index = turn // _EVERY
         name = list(self.layers)[index]
         mask, bits = gates[name]
         # The gate's gradient is the table's for every layer alike; the factors' is that of the one measured.
@@ -229,8 +235,7 @@ class TrainingProxy(SpectralProxy):
         old, new = float(errors[index]), float(fresh)
         if old > 0 and new > 0:
             self._state[_AGED] = aged.index_put((torch.tensor(index),), aged[index] * (new / old))
-        self._state[_TURN] = torch.tensor((index + 1) % len(self.layers))
-        return self.scale * (errors.sum() + (fresh - old))
+        return self.scale * (errors.sum() + (new - old) + _EVERY * (fresh - new))
 
     def _tabled(self, name: str) -> Tensor:
         """One layer's term at every width and rank of the table."""
