@@ -1,124 +1,190 @@
-"""The conformal certificate of the digits models: does it hold, is it tight, does the monitor see a shift?
+"""The certificates of three small models: do they hold, are they tight, do they follow the drift of each input?
 
     python -m benchmarks.certificates        (about 15 minutes on 2 cores; artifacts in --folder are used again)
 
-Two populations. Halves: 20 times the 540 test images are split at random, one half certifies and on the other the share
-of images within the bounds is counted, the least of all profiles and metrics; 270 images leave that share uncertain by
-1%. Draws: images drawn from the 540 and moved a little, 270 to certify, 20,000 to count. On the halves bounds are held
-against the 99th percentile of the drifts and against those of one joint score, and a monitor watches every profile, on
-the images as they are and with noise on the pixels. Writes ``benchmarks/results/certificates.json``.
+The digits models, and a small Llama over the bytes of Python's library. Two populations. Halves: 20 times the test
+samples are split at random, one half certifies and the other is counted: the share of samples within the bounds, the
+least of all profiles, metrics and forms. Draws: samples drawn anew, of which as many certify as in a half, and
+thousands are counted, so that shares and percentiles are certain. The forms of a bound: ``plain``, one number a
+profile; ``call``, what ``run(certificate=True)`` gives; ``compared``, what ``run(certificate="compared")`` does.
+A monitor watches every profile, on the halves as they are and with noise on the pixels: in an artifact of integers
+alone, and in one that holds the full model. Writes ``benchmarks/results/certificates.json``.
 """
 
 import argparse
 import json
-import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, spearmanr
 
-from t3c_compile.artifact import lower
-from t3c_compile.backends.targets import get_target
+from benchmarks.certified_models import BUILDERS, Certified
 from t3c_compile.certifying import certify, order_statistic
 from t3c_compile.conformal import ConformalCertificate
-from t3c_compile.drift import METRICS, Array, agrees, drifts
+from t3c_compile.drift import METRICS, Array, agrees, drifts, scales
 from t3c_compile.monitor import DriftWarning, Monitor
-from t3c_compile.runtime import load
 from t3c_compile.show import show
-from t3c_compile.snapping import snap
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "certificates.json"
 ALPHA, DELTA, LEVEL = 0.05, 0.05, 0.01
 # Deviations of the noise that shifts the inputs; pixels have one of about 1.
-NOISES = (0.1, 0.2, 0.4)
-FRESH = 20_000
-"""Draws on which coverage is counted: its own error is then at most 0.2%."""
+NOISES = (0.1, 0.2, 0.4, 0.8)
+FORMS = ("plain", "call", "compared")
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a certificate can say of samples, and what is true of them, each [profiles, samples] by metric: the drift,
+    its distance from the greatest profile, and the scales of the profile's and of the greatest profile's logits."""
+
+    drift: dict[str, Array]
+    apart: dict[str, Array]
+    scale: dict[str, Array]
+    near: dict[str, Array]
+    agrees: Array
+
+    def part(self, chosen: Array) -> "Seen":
+        fields = (self.drift, self.apart, self.scale, self.near)
+        return Seen(
+            *({m: values[:, chosen] for m, values in field.items()} for field in fields), self.agrees[:, chosen]
+        )
+
+    def bounds(self, certificate: ConformalCertificate) -> dict[str, dict[str, Array]]:
+        """By form and metric, [profiles, samples]."""
+        found: dict[str, dict[str, list[Array]]] = {form: {metric: [] for metric in METRICS} for form in FORMS}
+        for index, entry in enumerate(certificate.profiles):
+            last = index == len(certificate.profiles) - 1
+            for metric, plain in entry.drift.items():
+                scale = self.scale[metric][index]
+                call = entry.scaled[metric] * scale if metric in entry.scaled else np.full(len(scale), plain)
+                compared = self.apart[metric][index] + entry.compared[metric] * self.near[metric][index]
+                found["plain"][metric].append(np.full(len(scale), plain))
+                found["call"][metric].append(call)
+                found["compared"][metric].append(call if last else np.maximum(compared, 0))
+        return {form: {metric: np.stack(rows) for metric, rows in metrics.items()} for form, metrics in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", action="append", choices=("cnn", "vit"), help="only this model (default both)")
+    parser.add_argument("--model", action="append", choices=tuple(BUILDERS), help="only this model (default all)")
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "certificates", help="where artifacts are kept")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    found = [measure(name, arguments.folder, arguments.splits) for name in arguments.model or ("cnn", "vit")]
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    chosen = arguments.model or list(BUILDERS)
+    kept = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
+    found = {result["model"]: result for result in kept if result["model"] not in chosen}
+    for name in chosen:
+        found[name] = measure(BUILDERS[name](arguments.folder / name), arguments.splits)
+        ordered = [{"model": name, **found[name]} for name in BUILDERS if name in found]
+        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     title = f"{arguments.splits} splits, alpha {ALPHA}, delta {DELTA}, level of the monitor {LEVEL}"
-    rows = [{"measure": key, **{result["model"]: str(result[key]) for result in found}} for key in list(found[0])[1:]]
-    show(title, rows, False)
+    keys = dict.fromkeys(key for name in chosen for key in found[name] if key != "model")
+    show(title, [{"measure": key, **{name: str(found[name].get(key)) for name in chosen}} for key in keys], False)
 
 
-def artifact(name: str, folder: Path) -> tuple[Path, Array]:
-    """A digits model with the full model as its greatest profile, and the test images."""
-    sys.path.insert(0, str(ROOT / "examples" / "digits"))
-    import data
-    import run
-
-    path = folder / f"{name}.t3c"
-    if not path.exists():
-        done, targets = run.prepare(name, seed=0), [get_target("x86_64")]
-        labels = done.data.calibration[1]
-        profiles = snap(done.elastic, done.calibration, targets, labels, done.controller, full_model=True)
-        lower(done.elastic, profiles, targets, path, done.calibration[0])
-    return path, data.load().test[0].numpy()
-
-
-def logits_of_profiles(path: Path, x: Array) -> list[Array]:
-    session = load(path)
-    found = []
-    for profile in session.profiles:
-        session.set_profile(profile.name)
-        found.append(session.run(x))
-    return found
+def see(model: Certified, inputs: Array) -> Seen:
+    """Every profile and the full model on ``inputs``, batch by batch."""
+    rows: dict[str, list[Array]] = {}
+    for start in range(0, len(inputs), _BATCH):
+        full, logits = model.logits(inputs[start : start + _BATCH])
+        near = scales(logits[-1])
+        for values in logits:
+            drift, apart, scale = drifts(full, values), drifts(logits[-1], values), scales(values)
+            for metric in METRICS:
+                for what, found in (("drift", drift), ("apart", apart), ("scale", scale), ("near", near)):
+                    rows.setdefault(f"{what} {metric}", []).append(found[metric])
+            rows.setdefault("agrees", []).append(agrees(full, values))
+    profiles = len(logits)
+    joined = {
+        key: np.stack([np.concatenate(parts[index::profiles]) for index in range(profiles)])
+        for key, parts in rows.items()
+    }
+    by_metric = ({m: joined[f"{what} {m}"] for m in METRICS} for what in ("drift", "apart", "scale", "near"))
+    return Seen(*by_metric, joined["agrees"])
 
 
-def measure(name: str, folder: Path, splits: int) -> dict[str, Any]:
+def measure(model: Certified, splits: int) -> dict[str, Any]:
     """Everything of one model."""
-    path, images = artifact(name, folder)
-    like = logits_of_profiles(path, images)
-    shifted = {noise: logits_of_profiles(path, noisy(images, noise)) for noise in NOISES}
-    drawn = logits_of_profiles(path, draws(images, FRESH, seed=0))
+    samples, fresh = model.samples, model.draw(model.fresh, 0)
+    like, drawn = see(model, samples), see(model, fresh)
+    shifted = {noise: see(model, noisy(samples, noise)) for noise in NOISES if samples.dtype == np.float32}
     coverage: dict[str, list[float]] = {"halves": [], "draws": []}
-    ratios: dict[str, list[float]] = {f"{metric}_{what}": [] for metric in METRICS for what in ("p99", "joint")}
-    alarms: dict[float, list[int | None]] = {noise: [] for noise in (0.0, *NOISES)}
-    within: dict[float, list[float]] = {noise: [] for noise in NOISES}
+    ratios: dict[str, list[float]] = {}
+    pearson: dict[str, list[float]] = {form: [] for form in FORMS}
+    ordered: list[float] = []
+    alarms: dict[tuple[str, float], list[int | None]] = {}
+    within: dict[float, list[float]] = {noise: [] for noise in shifted}
+
+    def certified(inputs: Array) -> ConformalCertificate:
+        return certify(model.path, [inputs], model.logits(inputs)[0], alpha=ALPHA, delta=DELTA)
+
     for split in range(splits):
-        order = np.random.default_rng(split).permutation(len(images))
+        order = np.random.default_rng(split).permutation(len(samples))
         first, second = order[: len(order) // 2], order[len(order) // 2 :]
-        certificate = certify(path, [draws(images, len(first), seed=1 + split)], alpha=ALPHA, delta=DELTA)
+        certificate = certified(model.draw(len(first), 1 + split))
         coverage["draws"].append(least_coverage(certificate, drawn))
-        certificate = certify(path, [images[first]], alpha=ALPHA, delta=DELTA)
-        coverage["halves"].append(least_coverage(certificate, [values[second] for values in like]))
-        seen = [drifts(like[-1], values) for values in like[:-1]]
+        add_ratios(ratios, "draws", drawn, drawn.bounds(certificate))
+        certificate, rest = certified(samples[first]), like.part(second)
+        bounds = rest.bounds(certificate)
+        coverage["halves"].append(least_coverage(certificate, rest))
+        add_ratios(ratios, "halves", rest, bounds)
         for metric in METRICS:
-            of_metric = np.stack([drift[metric] for drift in seen])
-            bounds = np.array([entry.drift[metric] for entry in certificate.profiles[:-1]])
-            ratios[f"{metric}_p99"] += list(bounds / np.quantile(of_metric[:, second], 0.99, axis=1))
-            ratios[f"{metric}_joint"] += list(joint_bounds(of_metric[:, first]) / bounds)
-        for noise, logits in {0.0: like, **shifted}.items():
-            alarms[noise] += [inputs_to_alarm(certificate, i, logits, second) for i in range(len(logits) - 1)]
+            joint = joint_bounds(like.drift[metric][:, first])
+            ratios.setdefault(f"joint_{metric}", []).extend(joint / bounds["plain"][metric][:, 0])
+        for form in FORMS:
+            pearson[form].append(np.corrcoef(bounds[form]["l2"].ravel(), rest.drift["l2"].ravel())[0, 1])
+        ordered.append(spearmanr(bounds["compared"]["l2"].mean(1), rest.drift["l2"].mean(1))[0])
+        for noise, seen in {0.0: like, **shifted}.items():
+            part = seen.part(second)
+            for index, entry in enumerate(certificate.profiles[:-1]):
+                watched = {
+                    "integers": (entry.to_greatest, part.apart["l2"][index]),
+                    "full_model": (entry.drift["l2"], part.drift["l2"][index]),
+                }
+                for greatest, (bound, drift) in watched.items():
+                    alarms.setdefault((greatest, noise), []).append(inputs_to_alarm(bound, drift))
             if noise:
-                within[noise].append(least_coverage(certificate, [values[second] for values in logits]))
+                within[noise].append(least_coverage(certificate, part))
     return {
-        "model": name,
+        "profiles": len(like.agrees),
+        "samples": len(samples) // 2,
+        "fresh": len(fresh),
+        "mean_drifts": [round(float(mean), 4) for mean in like.drift["l2"].mean(1)],
         **{f"held_on_{kind}": share(shares) for kind, shares in coverage.items()},
         **{f"least_coverage_on_{kind}": min(shares) for kind, shares in coverage.items()},
         **{f"{ratio}_median": float(np.median(values)) for ratio, values in ratios.items()},
-        **{f"{metric}_p99_greatest": max(ratios[f"{metric}_p99"]) for metric in METRICS},
-        "false_alarms": f"{len(at(alarms[0.0]))}/{len(alarms[0.0])}",
-        "shifts": {
-            str(noise): {
-                "coverage": float(np.median(within[noise])),
-                "alarms": f"{len(at(alarms[noise]))}/{len(alarms[noise])}",
-                "inputs_to_alarm": float(np.median(at(alarms[noise]))) if at(alarms[noise]) else None,
-            }
-            for noise in NOISES
-        },
+        **{f"{ratio}_greatest": max(values) for ratio, values in ratios.items() if not ratio.startswith("joint")},
+        **{f"pearson_{form}_median": float(np.median(values)) for form, values in pearson.items()},
+        **{f"pearson_{form}_least": min(values) for form, values in pearson.items()},
+        "spearman_compared_least": min(ordered),
+        **spectral(model, like),
+        "coverage_at_noise": {str(noise): float(np.median(shares)) for noise, shares in within.items()},
+        **{f"alarms_{greatest}_noise_{noise:g}": told(found) for (greatest, noise), found in alarms.items()},
+    }
+
+
+def add_ratios(
+    ratios: dict[str, list[float]], population: str, seen: Seen, bounds: dict[str, dict[str, Array]]
+) -> None:
+    """Mean bounds over the 99th percentile of the drifts seen, of every profile."""
+    for form in FORMS:
+        for metric in METRICS:
+            p99 = np.quantile(seen.drift[metric], 0.99, axis=1)
+            ratios.setdefault(f"{population}_{form}_{metric}", []).extend(bounds[form][metric].mean(1) / p99)
+
+
+def spectral(model: Certified, seen: Seen) -> dict[str, float]:
+    """The spectral certificate on the test samples: the order of its bounds, and the least share that keeps one."""
+    bounds = np.array(model.spectral)
+    drift = seen.drift["l2"]
+    return {
+        "spearman_spectral": float(spearmanr(bounds, drift.mean(1))[0]),
+        "spectral_least_coverage": float((drift <= bounds[:, None]).mean(1).min()),
     }
 
 
@@ -129,9 +195,10 @@ def share(shares: list[float]) -> str:
     return f"{kept}/{len(shares)} ({interval.low:.2f} to {interval.high:.2f})"
 
 
-def at(alarms: list[int | None]) -> list[int]:
-    """The alarms there were."""
-    return [inputs for inputs in alarms if inputs is not None]
+def told(alarms: list[int | None]) -> str:
+    """How many alarms there were, and after how many inputs."""
+    found = [inputs for inputs in alarms if inputs is not None]
+    return f"{len(found)}/{len(alarms)}" + (f" after {np.median(found):.0f}" if found else "")
 
 
 def noisy(images: Array, noise: float) -> Array:
@@ -139,46 +206,34 @@ def noisy(images: Array, noise: float) -> Array:
     return (images + noise * drawn).astype(np.float32)
 
 
-def draws(images: Array, count: int, seed: int) -> Array:
-    """Independent draws of an image, rotated, scaled and shifted at random as in training."""
-    from data import augment
-
-    chosen = np.random.default_rng(seed).integers(len(images), size=count)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        drawn: Array = augment(torch.from_numpy(images[chosen])).numpy()
-    return drawn
-
-
-def least_coverage(certificate: ConformalCertificate, logits: list[Array]) -> float:
-    """The least share of inputs within their bounds, of all profiles and metrics, plain and as a call gives them; 0
-    where top-1 agreement is below its bound."""
-    shares = []
-    for index, values in enumerate(logits[:-1]):
-        seen, of_call = drifts(logits[-1], values), certificate.bounds(index, values)
-        for metric, plain in certificate.profiles[index].drift.items():
-            shares += [(seen[metric] <= plain).mean(), (seen[metric] <= of_call.drift[metric]).mean()]
-        shares.append(float(agrees(logits[-1], values).mean() >= of_call.agreement))
-    return float(min(shares))
+def least_coverage(certificate: ConformalCertificate, seen: Seen) -> float:
+    """The least share of samples within their bounds, of all profiles, metrics and forms; 0 where top-1 agreement is
+    below its bound."""
+    bounds = seen.bounds(certificate)
+    shares = [
+        (seen.drift[metric] <= values).mean(1).min() for form in bounds.values() for metric, values in form.items()
+    ]
+    agreed = [entry.agreement <= seen.agrees[index].mean() for index, entry in enumerate(certificate.profiles)]
+    return float(min(shares)) if all(agreed) else 0.0
 
 
 def joint_bounds(drift: Array) -> Array:
     """[profiles, samples] -> [profiles]: bounds from one score for all profiles, the greatest drift in units of each
-    profile's mean, which a fifth of the samples gives. It is one statement of the eight instead of eight a profile."""
+    profile's mean, which a fifth of the samples gives. That is one statement of eleven in place of eleven a profile."""
     fifth = drift.shape[1] // 5
     units = drift[:, :fifth].mean(1)
     scores = np.sort((drift[:, fifth:] / units[:, None]).max(0))
-    bounds: Array = units * scores[order_statistic(len(scores), ALPHA, DELTA / 8) - 1]
+    bounds: Array = units * scores[order_statistic(len(scores), ALPHA, DELTA / 11) - 1]
     return bounds
 
 
-def inputs_to_alarm(certificate: ConformalCertificate, index: int, logits: list[Array], part: Array) -> int | None:
-    """After how many inputs of ``part`` a monitor that compares every one contradicts the certificate of a profile."""
-    monitor = Monitor([entry.to_greatest for entry in certificate.profiles], certificate.alpha, 1.0, LEVEL, seed=0)
+def inputs_to_alarm(bound: float, observed: Array) -> int | None:
+    """After how many samples a monitor that compares every one contradicts the certificate of a profile."""
+    monitor = Monitor([bound, 0.0], ALPHA, 1.0, LEVEL, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DriftWarning)
-        for drift in drifts(logits[-1][part], logits[index][part])["l2"]:
-            monitor.observe(index, np.array([drift]))
+        for drift in observed:
+            monitor.observe(0, np.array([drift]))
             if monitor.contradicted:
                 return monitor.compared
     return None

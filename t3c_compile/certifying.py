@@ -7,7 +7,8 @@ validity of inductive conformal predictors", 2012, https://arxiv.org/abs/1209.26
 https://arxiv.org/abs/2107.07511, section 3.2). So k is the least for which that share is below 1 - alpha with a chance
 of at most delta divided by the number of statements made (Bonferroni): then all of them hold at once with probability
 1 - delta. Where all hold, any may be chosen after seeing the data: the scaled form of a bound is taken where its mean
-is the lower one.
+is the lower one. The third form, for calls that run the greatest profile too, bounds what drift exceeds the distance
+from that profile by.
 
 The alternative is one joint score, the greatest drift of all profiles in units of each one's own, learnt from a part
 of the samples: it pays for one statement instead of many. It is not tighter: Bonferroni raises k by a few samples,
@@ -40,8 +41,11 @@ if TYPE_CHECKING:
 _BATCH = 64
 """Samples run at once where the batch is free."""
 
-_STATEMENTS = 2 * len(METRICS) + 2
-"""Of a profile: each metric of drift plain and scaled, drift from the greatest profile, and agreement."""
+_STATEMENTS = 3 * len(METRICS) + 2
+"""Of a profile: each metric of drift plain, scaled and compared, drift from the greatest profile, and agreement."""
+
+_SCORES = "plain, scaled, compared"
+"""What is kept of a batch: scores that another version kept are not taken for these."""
 
 Scores = dict[str, Array]
 Run = Callable[[list[Array]], list[Array]]
@@ -100,7 +104,7 @@ def certify(
     name, run = _runner(folder, manifest, target)
     batch = _BATCH if all(entry["shape"][0] == "batch" for entry in manifest["inputs"]) else 1
     files = manifest["files"]
-    digest = "\n".join(files[file]["sha256"] for file in (STORE, manifest["targets"][name]["library"]))
+    digest = "\n".join([_SCORES, *(files[file]["sha256"] for file in (STORE, manifest["targets"][name]["library"]))])
     parts: list[Scores] = []
     with progress_bar(progress) as bar:
         for start in bar.track(range(0, count, batch), description="certify"):
@@ -114,7 +118,7 @@ def certify(
     scores = {key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]}
     words = "the full model" + ("" if own is None else f" ({manifest['profiles'][own]['name']})")
     bounds = [
-        ProfileBounds(dict.fromkeys(METRICS, 0.0), {}, 1.0, 0.0)
+        ProfileBounds(dict.fromkeys(METRICS, 0.0), {}, 1.0, 0.0, dict.fromkeys(METRICS, 0.0))
         if index == own
         else _bounds({key: values[index] for key, values in scores.items()}, alpha, chance)
         for index in range(len(manifest["profiles"]))
@@ -176,7 +180,8 @@ def _bounds(scores: Scores, alpha: float, chance: float) -> ProfileBounds:
     factors = {metric: quantile(scores[metric] / scores[f"{metric} scale"]) for metric in METRICS}
     scaled = {m: factor for m, factor in factors.items() if factor * scores[f"{m} scale"].mean() < drift[m]}
     agreement = agreement_bound(int(scores["agrees"].sum()), count, chance)
-    return ProfileBounds(drift, scaled, agreement, quantile(scores["to_greatest"]))
+    compared = {metric: quantile(scores[f"{metric} beyond"]) for metric in METRICS}
+    return ProfileBounds(drift, scaled, agreement, quantile(scores["to_greatest"]), compared)
 
 
 def _scores(logits: list[Array], given: Array | None, own: int | None, start: int) -> Scores:
@@ -184,6 +189,7 @@ def _scores(logits: list[Array], given: Array | None, own: int | None, start: in
     reference = logits[own] if own is not None else given
     assert reference is not None
     found: list[dict[str, Array]] = []
+    greatest = scales(logits[-1])
     for index, values in enumerate(logits):
         if values.shape != reference.shape:
             raise CertificateError(f"the reference has logits of shape {reference.shape}, the artifact {values.shape}")
@@ -191,10 +197,12 @@ def _scores(logits: list[Array], given: Array | None, own: int | None, start: in
             wrong = ~np.isfinite(checked).reshape(len(checked), -1).all(1)
             if wrong.any():
                 raise CertificateError(f"{what} has logits that are not finite on sample {start + int(wrong.argmax())}")
+        drift, apart = drifts(reference, values), drifts(logits[-1], values)
         found.append(
-            drifts(reference, values)
+            drift
             | {f"{metric} scale": scale for metric, scale in scales(values).items()}
-            | {"agrees": agrees(reference, values), "to_greatest": drifts(logits[-1], values)["l2"]}
+            | {f"{metric} beyond": (drift[metric] - apart[metric]) / greatest[metric] for metric in METRICS}
+            | {"agrees": agrees(reference, values), "to_greatest": apart["l2"]}
         )
     return {key: np.stack([scores[key] for scores in found]) for key in found[0]}
 

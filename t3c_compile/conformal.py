@@ -4,12 +4,12 @@ numpy alone: the runtime reads it. :mod:`t3c_compile.certifying` makes it.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from t3c_compile.drift import Array, logits_of, scales
+from t3c_compile.drift import Array, drifts, logits_of, scales
 from t3c_compile.passes.errors import T3CError
 
 
@@ -26,12 +26,16 @@ class ProfileBounds:
         scaled: for metrics where it is the tighter, the factor on ``drift.scales`` of an input's own logits.
         agreement: lower bound of the share of inputs with the reference's top-1 class.
         to_greatest: bound of the 2-norm of the drift from the artifact's greatest profile, which a monitor can observe.
+        compared: by metric, the factor on ``drift.scales`` of the greatest profile's logits that drift from the
+            reference exceeds drift from the greatest profile by; below 0 where it is always the lesser one. Empty in
+            certificates of before there was this.
     """
 
     drift: Mapping[str, float]
     scaled: Mapping[str, float]
     agreement: float
     to_greatest: float
+    compared: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,23 @@ class ConformalCertificate:
         }
         return InputBounds(drift, bounds.agreement, self.statement)
 
+    def compared_bounds(self, profile: int, outputs: Any, greatest: Any) -> "InputBounds":
+        """The same where the greatest profile gave ``greatest`` for these inputs: its distance is known, and what is
+        uncertain is how far it drifts itself.
+
+        Raises:
+            CertificateError: the certificate is of before there were such bounds.
+        """
+        bounds, logits, near = self.profiles[profile], logits_of(outputs), logits_of(greatest)
+        if not bounds.compared:
+            raise CertificateError(
+                "the certificate has no bounds for profiles that are compared: an older version made it; run "
+                "t3c-compile certify on the artifact again"
+            )
+        apart, scale = drifts(near, logits), scales(near)
+        drift = {m: np.maximum(apart[m] + factor * scale[m], 0.0) for m, factor in bounds.compared.items()}
+        return InputBounds(drift, bounds.agreement, self.statement)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -79,5 +100,5 @@ class InputBounds:
 
 
 def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a data class among ``data``: later versions may write more."""
-    return {field.name: data[field.name] for field in fields(kind)}
+    """The fields of a data class among ``data``: later versions may write more, earlier ones wrote fewer."""
+    return {field.name: data[field.name] for field in fields(kind) if field.name in data}

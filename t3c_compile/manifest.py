@@ -44,7 +44,13 @@ _TARGET = {
     "costs": [_COST],
 }
 _DRIFT = {"linf": _NUMBER, "l2": _NUMBER, "kl": _NUMBER, str: _NUMBER}
-_BOUNDS = {"drift": _DRIFT, "scaled": {str: _NUMBER}, "agreement": _NUMBER, "to_greatest": _NUMBER}
+_BOUNDS = {
+    "drift": _DRIFT,
+    "scaled": {str: _NUMBER},
+    "agreement": _NUMBER,
+    "to_greatest": _NUMBER,
+    "compared?": {"linf": _NUMBER, "l2": _NUMBER, "kl": _NUMBER},
+}
 # A target's certificate, where it has been certified.
 _CONFORMAL = {
     "alpha": _NUMBER,
@@ -54,7 +60,8 @@ _CONFORMAL = {
     "statement": str,
     "profiles": [_BOUNDS],
 }
-# A type, a tuple of types, [element], or the fields a mapping must have; its others are as `str` says, or free.
+# A type, a tuple of types, [element], or the fields a mapping must have (with a `?`: may have); its others are as `str`
+# says, or free.
 _SHAPE = {
     "files": {str: {"bytes": int, "sha256": str}},
     "inputs": [{"name": str, "shape": [(int, str)], "dtype": str}],
@@ -241,7 +248,8 @@ def _mismatch(value: Any, shape: Any, place: str) -> str | None:
     if isinstance(shape, list):
         inner = [(str(i), item, shape[0]) for i, item in enumerate(value)]
     else:
-        inner = [(key, value.get(key), kind) for key, kind in shape.items() if key is not str]
+        named = {key.rstrip("?"): kind for key, kind in shape.items() if key is not str}
+        inner = [(key, value.get(key), kind) for key, kind in named.items() if key in shape or key in value]
         if str in shape:
             inner += [(key, item, shape[str]) for key, item in value.items() if key not in shape]
     found = (_mismatch(item, kind, f"{place}/{key}".lstrip("/")) for key, item, kind in inner)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -233,12 +233,16 @@ class Session:
             raise CertificateError(f"target {self.target} has no conformal certificate: {_HOW_TO_CERTIFY}")
         return self._certificate
 
-    def run(self, *inputs: Array, budget: Budget | None = None, certificate: bool = False) -> Any:
+    def run(
+        self, *inputs: Array, budget: Budget | None = None, certificate: "bool | Literal['compared']" = False
+    ) -> Any:
         """Run the active profile, after :meth:`set_budget` when ``budget`` is given.
 
         Args:
             inputs: numpy arrays as the manifest's ``inputs`` describe them (:attr:`inputs`).
-            certificate: return the bounds that apply to these inputs in this profile too.
+            certificate: return the bounds that apply to these inputs in this profile too. ``compared`` runs the
+                greatest profile as well, which takes its time: bounds are then how far the two are apart on these
+                inputs and how far the greatest may drift itself, and go with the drift of each input.
 
         Returns:
             The model's output as a numpy array, or a tuple of them; with ``certificate`` a pair of that and
@@ -253,15 +257,25 @@ class Session:
         governor = self._governor if budget is None else None
         profile = self.active if budget is None else self.set_budget(budget)
         arrays = checked_inputs(inputs, self.inputs)
+        if certificate not in (True, False, "compared"):
+            raise CertificateError(f"certificate={certificate!r} must be True, False or 'compared'")
         certified = self._certified() if certificate else None
         with self._lock:
             outputs = self._call(profile.index, arrays)
             if governor is not None:
                 governor.observe(profile.index, 1e3 * (time.perf_counter() - began))
-            if self._monitor is not None and self._monitor.chooses(profile.index):
-                greatest = logits_of(self._call(len(self.profiles) - 1, arrays))
-                self._monitor.observe(profile.index, drifts(greatest, logits_of(outputs))["l2"])
-        return outputs if certified is None else (outputs, certified.bounds(profile.index, outputs))
+            monitor = self._monitor
+            if monitor is not None and not monitor.chooses(profile.index):
+                monitor = None
+            compared = certificate == "compared" and profile is not self.profiles[-1]
+            greatest = self._call(len(self.profiles) - 1, arrays) if monitor or compared else None
+            if monitor is not None:
+                monitor.observe(profile.index, drifts(logits_of(greatest), logits_of(outputs))["l2"])
+        if certified is None:
+            return outputs
+        if compared:
+            return outputs, certified.compared_bounds(profile.index, outputs, greatest)
+        return outputs, certified.bounds(profile.index, outputs)
 
     def _call(self, index: int, arrays: list[Array]) -> Any:
         if not self._sample_by_sample:

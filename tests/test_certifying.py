@@ -79,7 +79,8 @@ def test_bounds_are_order_statistics_of_what_the_library_gives(small: Small, tmp
     logits = [_run(session, profile.name, x) for profile in session.profiles]
     assert certificate.profiles[-1].drift == {"linf": 0, "l2": 0, "kl": 0}
     assert certificate.profiles[-1].agreement == 1
-    k = order_statistic(400, 0.05, 0.05 / (8 * (len(logits) - 1)))
+    chance = 0.05 / (11 * (len(logits) - 1))
+    k = order_statistic(400, 0.05, chance)
     for index, found in enumerate(logits[:-1]):
         expected, bounds = _drift(logits[-1], found), certificate.profiles[index]
         for metric, bound in bounds.drift.items():
@@ -90,8 +91,10 @@ def test_bounds_are_order_statistics_of_what_the_library_gives(small: Small, tmp
             if metric in bounds.scaled:
                 assert bounds.scaled[metric] == pytest.approx(factor, rel=1e-5)
         assert bounds.to_greatest == bounds.drift["l2"]
+        # The greatest profile is the full model.
+        assert bounds.compared == {"linf": 0, "l2": 0, "kl": 0}
         agreeing = int((logits[-1].argmax(1) == found.argmax(1)).sum())
-        assert _at_least(agreeing, 400, bounds.agreement) == pytest.approx(0.05 / (8 * (len(logits) - 1)), rel=1e-6)
+        assert _at_least(agreeing, 400, bounds.agreement) == pytest.approx(chance, rel=1e-6)
     assert ConformalCertificate.from_json(read_manifest(path)["targets"]["x86_64"]["conformal"]) == certificate
 
 
@@ -131,12 +134,21 @@ def test_the_full_model_is_taken_where_the_artifact_has_none(small: Small, tmp_p
     top = by_model.profiles[-1]
     assert top.drift["l2"] > 0
     assert top.to_greatest == 0
+    session = t3c_compile.load(path)
+    near, full = _run(session, session.profiles[-1].name, x), small.logits(x)
+    k = order_statistic(300, 0.05, 0.05 / (11 * len(by_model.profiles)))
+    for profile, bounds in zip(session.profiles, by_model.profiles, strict=True):
+        found = _run(session, profile.name, x)
+        drift, apart, scale = _drift(full, found), _drift(near, found), _drift(full, near)["scale"]
+        for metric, factor in bounds.compared.items():
+            beyond = (drift[metric] - apart[metric]) / (scale if metric == "kl" else np.sqrt(scale))
+            assert factor == pytest.approx(np.sort(beyond)[k - 1], rel=1e-4, abs=1e-6)
 
 
 def test_bad_samples_are_named_before_any_work(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, x = small.copy(tmp_path), samples(300, seed=2)
     before = (path / MANIFEST).read_bytes()
-    needed = least_samples(0.05, 0.05 / (8 * (len(read_manifest(path)["profiles"]) - 1)))
+    needed = least_samples(0.05, 0.05 / (11 * (len(read_manifest(path)["profiles"]) - 1)))
     certify(small.copy(tmp_path / "enough"), [x[:needed]])
     monkeypatch.setattr(module, "_scores", lambda *_: pytest.fail("work was done"))
     for inputs, options, message in (
@@ -237,6 +249,7 @@ def test_a_damaged_certificate_is_found(small: Small, tmp_path: Path) -> None:
         (lambda c: c["profiles"].pop(), "has 2 certified profiles"),
         (lambda c: c.pop("statement"), "x86_64/conformal/statement is missing"),
         (lambda c: c["profiles"][0]["drift"].pop("l2"), "drift/l2 is missing"),
+        (lambda c: c["profiles"][0]["compared"].pop("l2"), "compared/l2 is missing"),
         (lambda c: c.update(alpha="much"), "alpha is missing or of the wrong type"),
     ):
         manifest = json.loads(whole)
