@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import binomtest, spearmanr
 
 from benchmarks.certified_models import BUILDERS, Certified
-from t3c_compile.certifying import certify, order_statistic
+from t3c_compile.certifying import certify, chance_of_each, order_statistic, profile_bounds
 from t3c_compile.conformal import ConformalCertificate
 from t3c_compile.drift import METRICS, Array, agrees, drifts, scales
 from t3c_compile.monitor import DriftWarning, Monitor
@@ -53,6 +53,18 @@ class Seen:
         return Seen(
             *({m: values[:, chosen] for m, values in field.items()} for field in fields), self.agrees[:, chosen]
         )
+
+    def certificate(self) -> ConformalCertificate:
+        """What ``certify`` makes of these samples, without running them again."""
+        profiles, count = self.agrees.shape
+        chance = chance_of_each(count, profiles, ALPHA, DELTA)
+        scores = {"agrees": self.agrees, "to_greatest": self.apart["l2"]}
+        for metric, drift in self.drift.items():
+            beyond = (drift - self.apart[metric]) / self.near[metric]
+            scores |= {metric: drift, f"{metric} scale": self.scale[metric], f"{metric} beyond": beyond}
+        by_profile = ({key: values[index] for key, values in scores.items()} for index in range(profiles))
+        found = tuple(profile_bounds(one, ALPHA, chance) for one in by_profile)
+        return ConformalCertificate(ALPHA, DELTA, count, "the full model", "", found)
 
     def bounds(self, certificate: ConformalCertificate) -> dict[str, dict[str, Array]]:
         """By form and metric, [profiles, samples]."""
@@ -91,7 +103,8 @@ def see(model: Certified, inputs: Array) -> Seen:
     """Every profile and the full model on ``inputs``, batch by batch."""
     rows: dict[str, list[Array]] = {}
     for start in range(0, len(inputs), _BATCH):
-        full, logits = model.logits(inputs[start : start + _BATCH])
+        chunk = inputs[start : start + _BATCH]
+        full, logits = model.full(chunk), model.of_profiles(chunk)
         near = scales(logits[-1])
         for values in logits:
             drift, apart, scale = drifts(full, values), drifts(logits[-1], values), scales(values)
@@ -110,8 +123,14 @@ def see(model: Certified, inputs: Array) -> Seen:
 
 def measure(model: Certified, splits: int) -> dict[str, Any]:
     """Everything of one model."""
-    samples, fresh = model.samples, model.draw(model.fresh, 0)
-    like, drawn = see(model, samples), see(model, fresh)
+    samples, size = model.samples, len(model.samples) // 2
+    like = see(model, samples)
+    pool = see(model, model.draw(splits * size + model.fresh, 0))
+    drawn = pool.part(np.arange(splits * size, splits * size + model.fresh))
+    made, first = like.part(np.arange(size)).certificate(), samples[:size]
+    again = certify(model.path, [first], model.full(first), alpha=ALPHA, delta=DELTA)
+    if any(not np.isclose(a.drift["l2"], b.drift["l2"]) for a, b in zip(made.profiles, again.profiles, strict=True)):
+        raise RuntimeError("certify gives other bounds than these scores do")
     shifted = {noise: see(model, noisy(samples, noise)) for noise in NOISES if samples.dtype == np.float32}
     coverage: dict[str, list[float]] = {"halves": [], "draws": []}
     ratios: dict[str, list[float]] = {}
@@ -119,17 +138,13 @@ def measure(model: Certified, splits: int) -> dict[str, Any]:
     ordered: list[float] = []
     alarms: dict[tuple[str, float], list[int | None]] = {}
     within: dict[float, list[float]] = {noise: [] for noise in shifted}
-
-    def certified(inputs: Array) -> ConformalCertificate:
-        return certify(model.path, [inputs], model.logits(inputs)[0], alpha=ALPHA, delta=DELTA)
-
     for split in range(splits):
         order = np.random.default_rng(split).permutation(len(samples))
-        first, second = order[: len(order) // 2], order[len(order) // 2 :]
-        certificate = certified(model.draw(len(first), 1 + split))
+        first, second = order[:size], order[size:]
+        certificate = pool.part(np.arange(split * size, (split + 1) * size)).certificate()
         coverage["draws"].append(least_coverage(certificate, drawn))
         add_ratios(ratios, "draws", drawn, drawn.bounds(certificate))
-        certificate, rest = certified(samples[first]), like.part(second)
+        certificate, rest = like.part(first).certificate(), like.part(second)
         bounds = rest.bounds(certificate)
         coverage["halves"].append(least_coverage(certificate, rest))
         add_ratios(ratios, "halves", rest, bounds)
@@ -152,8 +167,8 @@ def measure(model: Certified, splits: int) -> dict[str, Any]:
                 within[noise].append(least_coverage(certificate, part))
     return {
         "profiles": len(like.agrees),
-        "samples": len(samples) // 2,
-        "fresh": len(fresh),
+        "samples": size,
+        "fresh": model.fresh,
         "mean_drifts": [round(float(mean), 4) for mean in like.drift["l2"].mean(1)],
         **{f"held_on_{kind}": share(shares) for kind, shares in coverage.items()},
         **{f"least_coverage_on_{kind}": min(shares) for kind, shares in coverage.items()},

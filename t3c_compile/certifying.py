@@ -100,7 +100,7 @@ def certify(
     if isinstance(reference, np.ndarray) and len(reference) != count:
         raise CertificateError(f"the reference has the logits of {len(reference)} samples, the inputs have {count}")
     certified = len(manifest["profiles"]) - (own is not None)
-    chance = _chance(count, certified, alpha, delta)
+    chance = chance_of_each(count, certified, alpha, delta)
     name, run = _runner(folder, manifest, target)
     batch = _BATCH if all(entry["shape"][0] == "batch" for entry in manifest["inputs"]) else 1
     files = manifest["files"]
@@ -120,7 +120,7 @@ def certify(
     bounds = [
         ProfileBounds(dict.fromkeys(METRICS, 0.0), {}, 1.0, 0.0, dict.fromkeys(METRICS, 0.0))
         if index == own
-        else _bounds({key: values[index] for key, values in scores.items()}, alpha, chance)
+        else profile_bounds({key: values[index] for key, values in scores.items()}, alpha, chance)
         for index in range(len(manifest["profiles"]))
     ]
     statement = _statement(words, count, alpha, delta)
@@ -152,7 +152,7 @@ def agreement_bound(agreeing: int, count: int, chance: float) -> float:
     return float(beta.ppf(chance, agreeing, count - agreeing + 1)) if agreeing else 0.0
 
 
-def _chance(count: int, profiles: int, alpha: float, delta: float) -> float:
+def chance_of_each(count: int, profiles: int, alpha: float, delta: float) -> float:
     """What each statement may fail with; :class:`CertificateError` where ``count`` samples are too few for it."""
     for symbol, value in (("alpha", alpha), ("delta", delta)):
         if not 0 < value < 1:
@@ -168,8 +168,13 @@ def _chance(count: int, profiles: int, alpha: float, delta: float) -> float:
     return chance
 
 
-def _bounds(scores: Scores, alpha: float, chance: float) -> ProfileBounds:
-    """Bounds of one profile from its scores, each [samples]."""
+def profile_bounds(scores: Scores, alpha: float, chance: float) -> ProfileBounds:
+    """Bounds of one profile, each wrong with at most ``chance``, from its scores [samples].
+
+    For each metric ``m`` they hold the drift ``m``, the ``m scale`` of the profile's logits, and ``m beyond``: by how
+    much drift exceeds the distance from the greatest profile, over that profile's scale. ``agrees`` is whether the
+    top-1 class is the reference's, ``to_greatest`` the distance from the greatest profile in 2-norm.
+    """
     count = len(scores["agrees"])
     k = order_statistic(count, alpha, chance)
 
