@@ -108,6 +108,8 @@ def _factors(layer: ElasticLayer, bits: Tensor) -> tuple[dict[str, Tensor], dict
 
 
 _AGED, _TURN = "aged", "turn"
+# One in how many calls of the proxy measures a layer.
+_MEASURED_EVERY = 4
 
 
 class SpectralProxy:
@@ -217,20 +219,23 @@ class TrainingProxy(SpectralProxy):
     def drift(self, gates: Gates) -> Tensor:
         """Weight part of the bound (0-d, in logit 2-norm), differentiable in masks, widths and factors.
 
-        Each call measures one layer, in turn, at its gate and with gradients to its factors. The others are read from a
-        table of their errors by rank and width, corrected by what their last turn found.
+        Layers are read from a table of their errors by rank and width, corrected by what their last turn found. One
+        call in four measures a layer, in turn, at its gate and with gradients to its factors, four times theirs.
         """
-        aged, index = self._state[_AGED], int(self._state[_TURN])
+        aged, turn = self._state[_AGED], int(self._state[_TURN])
+        self._state[_TURN] = torch.tensor((turn + 1) % (_MEASURED_EVERY * len(self.layers)))
         errors = self._read(gates) * aged
+        index, calls = divmod(turn, _MEASURED_EVERY)
+        if calls < _MEASURED_EVERY - 1:
+            return self.scale * errors.sum()
         name = list(self.layers)[index]
         mask, bits = gates[name]
         # The gate's gradient is the table's for every layer alike; the factors' is that of the one measured.
         fresh = self._measured(name, mask.detach(), bits.detach())
-        old, new = float(errors[index]), float(fresh)
+        old, new = float(errors[index].detach()), float(fresh.detach())
         if old > 0 and new > 0:
             self._state[_AGED] = aged.index_put((torch.tensor(index),), aged[index] * (new / old))
-        self._state[_TURN] = torch.tensor((index + 1) % len(self.layers))
-        return self.scale * (errors.sum() + (fresh - old))
+        return self.scale * (errors.sum() + (new - old) + _MEASURED_EVERY * (fresh - fresh.detach()))
 
     def _tabled(self, name: str) -> Tensor:
         """One layer's term at every width and rank of the table."""

@@ -242,8 +242,8 @@ def _steps(cells: Sequence[Cell]) -> str:
         else:
             lines.append(_line(task, f"`python -m benchmarks.paper --tasks {task} --seeds 1 --steps`", "", "", ""))
     lines.append(
-        "\nA T3C step trains the full model (a quarter of them), the least options (a quarter) or sampled ones, "
-        "the last two rounded and taught by the full model; a sampled one measures a layer for the certificate.\n"
+        "\nA third of T3C's steps trains the full model, a third the least options and a third sampled ones, the last "
+        "two on the batch that the full model was last trained on, taught by the logits it had there.\n"
     )
     return "\n".join(lines)
 
