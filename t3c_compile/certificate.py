@@ -33,8 +33,6 @@ _SHARE, _CONFIDENCE = 0.95, 0.95
 # Where training has each layer's error ready: widths, and ranks as shares of the greatest.
 _WIDTHS = (4, 6, 8, 32)
 _RANKS = (0.0, 0.125, 0.25, 0.5, 1.0)
-# In one training step of so many a layer is measured, which costs several times what reading the table does.
-_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,8 @@ def _factors(layer: ElasticLayer, bits: Tensor) -> tuple[dict[str, Tensor], dict
 
 
 _AGED, _TURN = "aged", "turn"
+# One in how many calls of the proxy measures a layer.
+_MEASURED_EVERY = 4
 
 
 class SpectralProxy:
@@ -219,23 +219,23 @@ class TrainingProxy(SpectralProxy):
     def drift(self, gates: Gates) -> Tensor:
         """Weight part of the bound (0-d, in logit 2-norm), differentiable in masks, widths and factors.
 
-        Layers are read from a table of their errors by rank and width, corrected by what their last turn found. Every
-        fourth call measures one, in turn, at its gate and with gradients to its factors, four times as large.
+        Layers are read from a table of their errors by rank and width, corrected by what their last turn found. One
+        call in four measures a layer, in turn, at its gate and with gradients to its factors, four times theirs.
         """
         aged, turn = self._state[_AGED], int(self._state[_TURN])
+        self._state[_TURN] = torch.tensor((turn + 1) % (_MEASURED_EVERY * len(self.layers)))
         errors = self._read(gates) * aged
-        self._state[_TURN] = torch.tensor((turn + 1) % (_EVERY * len(self.layers)))
-        if (turn + 1) % _EVERY:
+        index, calls = divmod(turn, _MEASURED_EVERY)
+        if calls < _MEASURED_EVERY - 1:
             return self.scale * errors.sum()
-        index = turn // _EVERY
         name = list(self.layers)[index]
         mask, bits = gates[name]
         # The gate's gradient is the table's for every layer alike; the factors' is that of the one measured.
         fresh = self._measured(name, mask.detach(), bits.detach())
-        old, new = float(errors[index]), float(fresh)
+        old, new = float(errors[index].detach()), float(fresh.detach())
         if old > 0 and new > 0:
             self._state[_AGED] = aged.index_put((torch.tensor(index),), aged[index] * (new / old))
-        return self.scale * (errors.sum() + (new - old) + _EVERY * (fresh - new))
+        return self.scale * (errors.sum() + (new - old) + _MEASURED_EVERY * (fresh - fresh.detach()))
 
     def _tabled(self, name: str) -> Tensor:
         """One layer's term at every width and rank of the table."""

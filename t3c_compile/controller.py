@@ -41,6 +41,8 @@ class Controller(nn.Module):
 
     tops: Tensor
     group_of: Tensor
+    group_tops: Tensor
+    places: Tensor
 
     def __init__(self, chains: Mapping[str, tuple[Option, ...]], groups: Groups = ()) -> None:
         super().__init__()
@@ -52,6 +54,14 @@ class Controller(nn.Module):
         self.groups = (*groups, *((name,) for name in chains if name not in grouped))
         place = {name: index for index, group in enumerate(self.groups) for name in group}
         self.register_buffer("group_of", torch.tensor([place[name] for name in chains]), persistent=False)
+        # A group is sampled as its longest chain; at each of its levels, where every layer is.
+        tops = [group_top(group, self.chains) for group in self.groups]
+        self.register_buffer("group_tops", torch.tensor(tops), persistent=False)
+        places = [
+            [member_level(min(level, top), top, len(chain) - 1) for level in range(max(tops) + 1)]
+            for chain, top in ((chain, tops[place[name]]) for name, chain in chains.items())
+        ]
+        self.register_buffer("places", torch.tensor(places), persistent=False)
         # Unit i starts as a hinge at i / units, alternately convex and concave: with positive weights and one kind
         # alone the network could not bend both ways (https://arxiv.org/abs/2205.11775).
         self.hidden = nn.Parameter(torch.zeros(len(RESOURCES), _UNITS))
@@ -71,10 +81,13 @@ class Controller(nn.Module):
         """
         if budget.shape[-1:] != (len(RESOURCES),) or not bool(((budget >= 0) & (budget <= 1)).all()):
             raise T3CError(f"budget must be {', '.join(RESOURCES)} as fractions in [0, 1], got {budget.tolist()}")
+        return self._shares(budget)[..., self.group_of] * self.tops
+
+    def _shares(self, budget: Tensor) -> Tensor:
+        """How far up its chain each group may go, [..., groups] in [0, 1]."""
         ends = torch.tensor([[0.0], [1.0]], dtype=budget.dtype, device=budget.device).expand(2, len(RESOURCES))
         ends = self._allowed(ends)
-        allowed = (self._allowed(budget) - ends[0]) / (ends[1] - ends[0])
-        return allowed.amin(-2)[..., self.group_of] * self.tops
+        return ((self._allowed(budget) - ends[0]) / (ends[1] - ends[0])).amin(-2)
 
     def _allowed(self, budget: Tensor) -> Tensor:
         """Increasing functions of each resource, [..., 3, groups]."""
@@ -87,18 +100,11 @@ class Controller(nn.Module):
             total = total + bent[..., None] * out[:, unit]
         return total
 
-    def sample(self, budget: Tensor) -> dict[str, Tensor]:
-        """One level for every layer, one-hot [chain length], sampled for a budget [3] once a group; differentiable."""
-        scores, sampled = self.scores(budget), {}
-        for group in self.groups:
-            longest = max(group, key=lambda name: len(self.chains[name]))
-            top = group_top(group, self.chains)
-            level = gumbel_levels(scores[longest], top + 1)
-            for name in group:
-                own = len(self.chains[name])
-                places = torch.tensor([member_level(i, top, own - 1) for i in range(top + 1)], device=level.device)
-                sampled[name] = level @ F.one_hot(places, own).to(level.dtype)
-        return sampled
+    def sample(self, budget: Tensor) -> Tensor:
+        """A level for every layer, sampled for a budget [3] once a group: exactly one-hot [layers, longest chain], in
+        the order of ``chains``, differentiable."""
+        levels = gumbel_levels(self._shares(budget) * self.group_tops, self.group_tops + 1)[self.group_of]
+        return torch.zeros_like(levels).scatter_add(1, self.places, levels)
 
     @torch.no_grad()
     def levels(self, budget: Tensor) -> Tensor:
@@ -112,33 +118,49 @@ class Controller(nn.Module):
 
 
 def gumbel_levels(
-    scores: Tensor, chain_length: int, temperature: float = 1.0, generator: torch.Generator | None = None
+    scores: Tensor, lengths: int | Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Sample a level near each score: exactly one-hot [..., chain_length], differentiable in ``scores`` [...].
+    """Sample a level near each score: exactly one-hot [..., longest chain], differentiable in ``scores`` [...].
 
     The logit of level k is ``-(score - k)^2``; the gradient is that of the Gumbel-softmax at ``temperature`` (straight
     through).
+
+    Args:
+        lengths: of the chain, or int64 [...] of each score's.
     """
-    levels = torch.arange(chain_length, dtype=scores.dtype, device=scores.device)
-    uniform = torch.rand(*scores.shape, chain_length, generator=generator, dtype=scores.dtype, device=scores.device)
+    longest = lengths if isinstance(lengths, int) else int(lengths.max())
+    levels = torch.arange(longest, dtype=scores.dtype, device=scores.device)
+    uniform = torch.rand(*scores.shape, longest, generator=generator, dtype=scores.dtype, device=scores.device)
     noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-    soft = F.softmax((noise - (scores[..., None] - levels) ** 2) / temperature, dim=-1)
-    hard = F.one_hot(soft.argmax(-1), chain_length).to(soft.dtype)
+    logits = (noise - (scores[..., None] - levels) ** 2) / temperature
+    if isinstance(lengths, Tensor):
+        logits = logits.masked_fill(levels >= lengths[..., None], -torch.inf)
+    soft = F.softmax(logits, dim=-1)
+    hard = F.one_hot(soft.argmax(-1), longest).to(soft.dtype)
     # Parenthesized so that the value is exactly ``hard``: bits of 5.9999995 would round weights otherwise.
     return hard + (soft - soft.detach())
 
 
-def soft_gate(levels: Tensor, chain: tuple[Option, ...], max_rank: int) -> tuple[Tensor, Tensor]:
-    """Prefix mask [max_rank] and bits (0-d) of probabilities ``levels`` [chain length]; both differentiable.
+class GateTable:
+    """The gates of one layer's options: prefix masks [options, max_rank] and widths [options]."""
 
-    The mask is the probability-weighted sum of the levels' prefix masks: Gumbel-Top-k restricted to prefixes, which is
-    all that components sorted by energy leave to choose. A one-hot ``levels`` gives the level's mask and bits exactly.
-    """
-    # A dense option of a factored layer multiplies all its components.
-    ranks = torch.tensor([option.rank or max_rank for option in chain], device=levels.device)
-    prefixes = (torch.arange(max_rank, device=levels.device) < ranks[:, None]).to(levels.dtype)
-    bits = torch.tensor([float(option.bits) for option in chain], dtype=levels.dtype, device=levels.device)
-    return levels @ prefixes, levels @ bits
+    def __init__(self, chain: tuple[Option, ...], max_rank: int) -> None:
+        # A dense option of a factored layer multiplies all its components.
+        ranks = torch.tensor([option.rank or max_rank for option in chain])
+        self.masks = (torch.arange(max_rank) < ranks[:, None]).float()
+        self.widths = torch.tensor([float(option.bits) for option in chain])
+        found = sorted(set(ranks.tolist()))
+        self.above = [next((rank for rank in found if rank > own), own) for own in ranks.tolist()]
+        """By level: the next rank that there is, or the last."""
+
+    def gate(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask [max_rank] and width (0-d) of probabilities ``levels`` [options]; both differentiable.
+
+        The mask is the probability-weighted sum of the levels' prefix masks: Gumbel-Top-k restricted to prefixes, which
+        is all that components sorted by energy leave to choose. A one-hot ``levels`` gives the level's mask and width
+        exactly.
+        """
+        return levels @ self.masks, levels @ self.widths
 
 
 def apply_gates(model: nn.Module, gates: Gates, inputs: tuple[Any, ...]) -> Any:

@@ -5,15 +5,14 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from t3c_compile.backends.targets import Target
-from t3c_compile.cost import kept_bytes, layer_cost, roofline
-from t3c_compile.passes.elastic import Gates, elastic_layers
+from t3c_compile.cost import kept_bytes, option_costs
+from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import DataError
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
@@ -79,10 +78,8 @@ def _kl(teacher: Tensor, student: Tensor) -> Tensor:
     return divergence.mean()
 
 
-class GatesCost:
-    """Roofline cost of a model at given gates, differentiable in them.
-
-    What does not depend on the gates (the layers' cost expressions, the kept parameters) is worked out once.
+class LevelsCost:
+    """Roofline cost of a model at given levels of its layers' chains, differentiable in them.
 
     Args:
         elastic: the model.
@@ -91,23 +88,21 @@ class GatesCost:
     """
 
     def __init__(self, elastic: ElasticGraphModule, chains: Mapping[str, tuple[Option, ...]], target: Target) -> None:
-        # A layer whose greatest option is dense is dense all along its chain.
-        self._costs = {name: layer_cost(layer, chains[name][-1].form) for name, layer in elastic_layers(elastic)}
-        self._kept = kept_bytes(elastic)
-        self._target = target
-        self._unit = torch.ones(3)
-        self._unit = self._of({name: (chain[-1].rank, chain[-1].bits) for name, chain in chains.items()})
-        self.least = self._of({name: (chain[0].rank, chain[0].bits) for name, chain in chains.items()})
+        layers = dict(elastic_layers(elastic))
+        costs = [
+            torch.tensor(
+                [[one.latency_ms, one.energy_mj, one.size_bytes] for one in option_costs(layers[name], chain, target)]
+            )
+            for name, chain in chains.items()
+        ]
+        kept = torch.tensor([0.0, 0.0, float(kept_bytes(elastic))])
+        unit = kept + torch.stack([of_layer[-1] for of_layer in costs]).sum(0)
+        self._kept, self._costs = kept / unit, nn.utils.rnn.pad_sequence(costs, batch_first=True) / unit
+        self.least = self._kept + self._costs[:, 0].sum(0)
         """Fractions at every layer's least option: no budget below this can be met."""
 
-    def __call__(self, gates: Gates) -> Tensor:
-        """Latency, energy and size at ``gates``, float32 [3], as fractions of the greatest options' cost."""
-        return self._of({name: (mask.sum(), bits) for name, (mask, bits) in gates.items()})
-
-    def _of(self, layers: Mapping[str, tuple[Any, Any]]) -> Tensor:
-        """The same for (rank, bits) by layer, numbers or tensors."""
-        latency, energy, size = 0.0, 0.0, float(self._kept)
-        for name, cost in self._costs.items():
-            one = roofline(*cost.at(*layers[name]), self._target, cost.read, cost.floats)
-            latency, energy, size = latency + one.latency_ms, energy + one.energy_mj, size + one.size_bytes
-        return torch.stack([torch.as_tensor(total) for total in (latency, energy, size)]) / self._unit
+    def __call__(self, levels: Tensor) -> Tensor:
+        """Latency, energy and size, float32 [3], as fractions of the greatest options' cost, at ``levels`` [layers,
+        longest chain], which sum to 1 for each layer, as ``Controller.sample`` gives them."""
+        cost: Tensor = self._kept + (levels[..., None] * self._costs).sum((0, 1))
+        return cost

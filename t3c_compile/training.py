@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from t3c_compile import losses, processes
 from t3c_compile.backends.targets import Target, get_target
 from t3c_compile.chain import Grid, chains
-from t3c_compile.controller import RESOURCES, Controller, apply_gates, soft_gate
+from t3c_compile.controller import RESOURCES, Controller, GateTable, apply_gates
 from t3c_compile.groups import layer_groups
 from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers, full_width_known
 from t3c_compile.passes.fit_inputs import require_fitting
@@ -27,7 +27,9 @@ from t3c_compile.training_state import TrainError, TrainingState
 # Of a sampled budget, how often a resource is free: users name one or two, seldom all three.
 _FREE = 0.5
 # How often a step trains the full model, and the least options; else it trains sampled ones.
-_FULL_SHARE, _LEAST_SHARE = 1 / 4, 1 / 4
+_FULL_SHARE, _LEAST_SHARE = 1 / 3, 1 / 3
+# How often such a step rounds activations, too. That is half of its time, and little of its error.
+_ROUNDED_SHARE = 1 / 2
 
 
 class Batches(Protocol):
@@ -89,9 +91,11 @@ class ElasticLoss:
     """The loss terms of one step on one batch.
 
     The sandwich rule (https://arxiv.org/abs/1903.05134) taken apart: a step trains one of three, drawn from torch's
-    global generator. The full model gets the task loss alone; the least options, and options sampled by the controller
-    for a sampled budget, are taught by the full model too, which then runs without gradients. All three in every step
-    cost five plain steps, and at equal time they make no better profiles.
+    global generator. The full model gets the task loss alone. The least options, and options sampled by the controller
+    for a sampled budget, are taught by the full model too: on the batch that it was last trained on, with the logits it
+    had there, so that (but at an epoch's start) it never runs for their sake. The batch handed in is then left out, as
+    often as another is trained on again. All three in every step cost five plain steps, and at equal time they make no
+    better profiles.
     """
 
     def __init__(
@@ -104,12 +108,22 @@ class ElasticLoss:
         proxy: DriftProxy | None = None,
     ) -> None:
         self.controller, self.weights, self.augment, self.proxy = controller, weights, augment, proxy
-        self._max_ranks = {name: layer.max_rank for name, layer in elastic_layers(elastic)}
-        if set(self._max_ranks) != set(controller.chains):
+        layers = dict(elastic_layers(elastic))
+        if set(layers) != set(controller.chains):
             raise TrainError("the controller was made for other layers: build its chains from this elastic model")
+        self._layers = list(layers.values())
+        self._tables = {name: GateTable(chain, layers[name].max_rank) for name, chain in controller.chains.items()}
         self._quantizers = [module for module in elastic.modules() if isinstance(module, ActivationQuantizer)]
-        self._cost = losses.GatesCost(elastic, controller.chains, target)
-        self._least = self._gates({name: torch.eye(len(chain))[0] for name, chain in controller.chains.items()})
+        self._cost = losses.LevelsCost(elastic, controller.chains, target)
+        self._least = {
+            name: (table.masks[0, : round(float(table.masks[0].sum()))], table.widths[0])
+            for name, table in self._tables.items()
+        }
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Forget the last batch: what follows is then the same as after a checkpoint."""
+        self._last: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     def __call__(self, model: nn.Module, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         """Weighted terms by name (0-d, their sum is the loss); ``model`` is the elastic model, or DDP around it.
@@ -119,21 +133,46 @@ class ElasticLoss:
         *rest, labels = batch
         inputs, draw = tuple(rest), float(torch.rand(()))
         if draw < _FULL_SHARE:
-            return {"task": losses.task_loss(self._full(model, inputs), labels, self.weights.label_smoothing)}
-        with torch.no_grad():
-            teacher = self._full(model, inputs)
-        if draw < _FULL_SHARE + _LEAST_SHARE:
-            return self._taught(apply_gates(model, self._cut(self._least, 0), inputs), teacher, labels)
-        return self._sampled(model, inputs, teacher, labels)
+            logits = self._full(model, inputs)
+            self._last = inputs, labels, logits.detach()
+            return {"task": losses.task_loss(logits, labels, self.weights.label_smoothing)}
+        if self._last is None:
+            with torch.no_grad():
+                self._last = inputs, labels, self._full(model, inputs)
+        inputs, labels, teacher = self._last
+        with self._activations(float(torch.rand(())) < _ROUNDED_SHARE):
+            if draw < _FULL_SHARE + _LEAST_SHARE:
+                return self._taught(apply_gates(model, self._least, inputs), teacher, labels)
+            return self._sampled(model, inputs, teacher, labels)
+
+    @contextmanager
+    def _activations(self, rounded: bool) -> Iterator[None]:
+        """Inside, layers' inputs and middles are float32, unless ``rounded``."""
+        layers = [] if rounded else [layer for layer in self._layers if not layer.float_activations]
+        for layer in layers:
+            layer.float_activations = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.float_activations = False
 
     def _sampled(self, model: nn.Module, inputs: tuple[Any, ...], teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
         weights, budget = self.weights, self.sample_budget()
-        gates = self.sample_gates(budget)
-        # One option above is multiplied, too, and then closed: its gradient tells what opening it would bring.
-        cut = self._cut(gates, 1)
+        levels = self.controller.sample(budget)
+        gates = {
+            name: table.gate(level[: len(table.widths)])
+            for (name, table), level in zip(self._tables.items(), levels, strict=True)
+        }
+        # What is beyond is not multiplied. One option above is, and then closed: its gradient tells what opening it
+        # would bring.
+        cut = {
+            name: (mask[: self._tables[name].above[place]], bits)
+            for (name, (mask, bits)), place in zip(gates.items(), levels.argmax(-1).tolist(), strict=True)
+        }
         logits = apply_gates(model, cut, inputs)
         terms = self._taught(logits, teacher, labels)
-        terms["budget"] = weights.budget * losses.budget_penalty(self._cost(gates), budget)
+        terms["budget"] = weights.budget * losses.budget_penalty(self._cost(levels), budget)
         if self.augment is not None and weights.consistency:
             augmented = apply_gates(model, cut, self.augment(inputs))
             terms["consistency"] = weights.consistency * losses.consistency(logits, augmented)
@@ -167,28 +206,11 @@ class ElasticLoss:
             )
         return logits
 
-    def _cut(self, gates: Gates, more: int) -> Gates:
-        """``gates`` with masks that end ``more`` options above the rank in use: what is beyond is not multiplied."""
-        ranks = torch.stack([mask.detach().sum() for mask, _ in gates.values()]).tolist()
-        found = {}
-        for (name, (mask, bits)), rank in zip(gates.items(), ranks, strict=True):
-            above = sorted({o.rank for o in self.controller.chains[name] if o.rank > rank})[:more]
-            found[name] = (mask[: max([round(rank), *above])], bits)
-        return found
-
     def sample_budget(self) -> Tensor:
         """A budget [3] that can be met: each resource free, or uniform above what the least options cost."""
         least = self._cost.least
         sampled = least + (1 - least) * torch.rand(len(RESOURCES))
         return torch.where(torch.rand(len(RESOURCES)) < _FREE, torch.ones(()), sampled)
-
-    def sample_gates(self, budget: Tensor) -> Gates:
-        """Gates of options sampled for ``budget``, differentiable in the controller."""
-        return self._gates(self.controller.sample(budget))
-
-    def _gates(self, levels: Mapping[str, Tensor]) -> Gates:
-        options = self.controller.chains
-        return {name: soft_gate(levels[name], options[name], rank) for name, rank in self._max_ranks.items()}
 
 
 def train(
@@ -256,6 +278,7 @@ def train(
         task = bar.add_task("elastic training", total=steps * epochs, completed=start * steps)
         for epoch in range(start, epochs):
             torch.manual_seed(seed + 1_000_003 * epoch)
+            loss.start_epoch()
             good = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
             seen: dict[str, list[float]] = {}
             for index, batch in enumerate(batches):

@@ -48,6 +48,13 @@ class TrainingState:
             {"params": list(controller.parameters()), "peak": _CONTROLLER_LR},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
+        # AdamW's own beginning, now: a checkpoint holds it for what no step has reached yet, too.
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def step(self, loss: Tensor, index: int) -> bool:
         """Backward and update; False, and no update, where the loss or the gradient is not finite in any process."""

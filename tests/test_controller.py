@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from t3c_compile.controller import RESOURCES, Controller, apply_gates, gumbel_levels, soft_gate
+from t3c_compile.controller import RESOURCES, Controller, GateTable, apply_gates, gumbel_levels
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
 from t3c_compile.passes.option import Option
@@ -96,10 +96,11 @@ def test_a_greater_score_raises_the_expected_level() -> None:
 
 def test_gates_are_prefixes_and_exact() -> None:
     chain = (Option("svd", 2, 4), Option("svd", 3, 6), Option("dense", 0, 8))
-    generator = torch.Generator().manual_seed(0)
+    generator, table = torch.Generator().manual_seed(0), GateTable(chain, 5)
+    assert table.above == [3, 5, 5]
     seen = set()
     for _ in range(60):
-        mask, bits = soft_gate(gumbel_levels(torch.tensor(1.0), 3, 1.0, generator), chain, 5)
+        mask, bits = table.gate(gumbel_levels(torch.tensor(1.0), 3, 1.0, generator))
         assert mask.tolist() in ([1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1])
         assert bits.dim() == 0
         seen.add((mask.sum().item(), bits.item()))
@@ -108,13 +109,13 @@ def test_gates_are_prefixes_and_exact() -> None:
 
 def test_probabilities_weigh_the_prefixes() -> None:
     chain = (Option("svd", 1, 4), Option("svd", 3, 8))
-    mask, bits = soft_gate(torch.tensor([0.25, 0.75]), chain, 4)
+    mask, bits = GateTable(chain, 4).gate(torch.tensor([0.25, 0.75]))
     assert mask.tolist() == [1.0, 0.75, 0.75, 0.0]
     assert float(bits) == 7.0
 
 
 def test_a_dense_layer_has_an_empty_mask() -> None:
-    mask, bits = soft_gate(torch.tensor([0.0, 1.0]), (Option("dense", 0, 4), Option("dense", 0, 8)), 0)
+    mask, bits = GateTable((Option("dense", 0, 4), Option("dense", 0, 8)), 0).gate(torch.tensor([0.0, 1.0]))
     assert mask.shape == (0,)
     assert float(bits) == 8.0
 
@@ -130,7 +131,7 @@ def test_gates_reach_the_model_and_gradients_the_controller(training: bool) -> N
     ranks = {name: layer.max_rank for name, layer in elastic_layers(elastic)}
 
     def gates(levels: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: soft_gate(level, options[name], ranks[name]) for name, level in levels.items()}
+        return {name: GateTable(options[name], ranks[name]).gate(level) for name, level in levels.items()}
 
     scores = controller.scores(torch.full((3,), 0.5))
     sampled = gates({name: gumbel_levels(score, 3) for name, score in scores.items()})

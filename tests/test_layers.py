@@ -318,11 +318,12 @@ def test_a_group_is_sampled_once() -> None:
     assert controller.groups == (("q", "k", "v"), ("other",))
     seen = set()
     for _ in range(40):
-        levels = {name: int(level.argmax()) for name, level in controller.sample(torch.full((3,), 0.5)).items()}
+        sampled = controller.sample(torch.full((3,), 0.5)).detach()
+        assert bool(((sampled == 0) | (sampled == 1)).all())
+        assert bool((sampled.sum(1) == 1).all())
+        levels = dict(zip(controller.chains, sampled.argmax(1).tolist(), strict=True))
         assert levels["k"] == levels["v"] == member_level(levels["q"], 8, 2)
         seen.add((levels["q"], levels["other"]))
     assert len(seen) > 5
-    sum(
-        (level * torch.arange(len(level))).sum() for level in controller.sample(torch.full((3,), 0.5)).values()
-    ).backward()
+    (controller.sample(torch.full((3,), 0.5)) * torch.arange(9)).sum().backward()
     assert float(controller.out.grad.abs().sum()) > 0

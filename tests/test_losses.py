@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from t3c_compile.backends.targets import get_target
 from t3c_compile.chain import Grid, chains
-from t3c_compile.controller import soft_gate
 from t3c_compile.cost import profile_cost
 from t3c_compile.losses import (
-    GatesCost,
+    LevelsCost,
     budget_penalty,
     certificate_penalty,
     consistency,
@@ -104,41 +103,33 @@ def elastic() -> ElasticGraphModule:
     return transform(model, (torch.randn(2, 3, 8, 8),), Config(rank_multiple=8))
 
 
-def test_gates_cost_is_the_profile_cost(elastic: ElasticGraphModule) -> None:
+def test_levels_cost_is_the_profile_cost(elastic: ElasticGraphModule) -> None:
     options = chains(elastic, Grid(8, (4, 6, 8)))
-    cost = GatesCost(elastic, options, TARGET)
+    cost = LevelsCost(elastic, options, TARGET)
     most = profile_cost(elastic, {name: chain[-1] for name, chain in options.items()}, TARGET)
+    longest = max(map(len, options.values()))
     for pick in (0, 1, -1):
-        gates = {}
-        for name, layer in elastic_layers(elastic):
-            level = torch.eye(len(options[name]))[pick]
-            gates[name] = soft_gate(level, options[name], layer.max_rank)
         one = profile_cost(elastic, {name: chain[pick] for name, chain in options.items()}, TARGET)
         expected = [one.latency_ms / most.latency_ms, one.energy_mj / most.energy_mj, one.size_bytes / most.size_bytes]
-        torch.testing.assert_close(cost(gates), torch.tensor(expected), rtol=1e-5, atol=0)
+        levels = torch.stack([torch.eye(longest)[range(len(chain))[pick]] for chain in options.values()])
+        torch.testing.assert_close(cost(levels), torch.tensor(expected), rtol=1e-5, atol=0)
         if pick == 0:
             torch.testing.assert_close(cost.least, torch.tensor(expected), rtol=1e-5, atol=0)
 
 
-def test_gates_cost_counts_a_dense_option_as_dense(elastic: ElasticGraphModule) -> None:
+def test_levels_cost_counts_a_dense_option_as_dense(elastic: ElasticGraphModule) -> None:
     # No rank on this grid pays, so chains fall back to dense options of factored layers.
     options = chains(elastic, Grid(512, (4, 8)))
     layers = dict(elastic_layers(elastic))
     assert any(layers[name].form != "dense" and chain[-1].form == "dense" for name, chain in options.items())
-    gates = {name: soft_gate(torch.tensor([0.0, 1.0]), options[name], layer.max_rank) for name, layer in layers.items()}
-    torch.testing.assert_close(GatesCost(elastic, options, TARGET)(gates), torch.ones(3))
+    levels = torch.tensor([[0.0, 1.0]]).expand(len(options), 2)
+    torch.testing.assert_close(LevelsCost(elastic, options, TARGET)(levels), torch.ones(3))
 
 
-def test_gates_cost_is_differentiable_in_rank_and_bits(elastic: ElasticGraphModule) -> None:
+def test_a_greater_level_costs_more_size(elastic: ElasticGraphModule) -> None:
     options = chains(elastic, Grid(8, (4, 6, 8)))
-    cost = GatesCost(elastic, options, TARGET)
-    leaves, gates = {}, {}
-    for name, layer in elastic_layers(elastic):
-        leaves[name] = torch.full((len(options[name]),), 1 / len(options[name]), requires_grad=True)
-        gates[name] = soft_gate(leaves[name], options[name], layer.max_rank)
-    cost(gates)[2].backward()
-    for name, leaf in leaves.items():
-        gradient = leaf.grad
-        assert gradient is not None
-        # A greater option is a greater size.
-        assert bool((gradient[1:] > gradient[:-1]).all()), name
+    levels = torch.zeros(len(options), max(map(len, options.values())), requires_grad=True)
+    LevelsCost(elastic, options, TARGET)(levels)[2].backward()
+    assert levels.grad is not None
+    for (name, chain), gradient in zip(options.items(), levels.grad, strict=True):
+        assert bool((gradient[1 : len(chain)] > gradient[: len(chain) - 1]).all()), name

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t3c_compile.passes import ops
+from t3c_compile.passes.elastic import ActivationQuantizer
 from t3c_compile.passes.ops.nested import keep_top_bits, quantize_weight, weight_scale
 
 
@@ -89,6 +90,31 @@ def test_straight_through_gradients() -> None:
     assert torch.allclose(y, torch.tensor([-12.8, -1.0, 0.0, 0.6, 12.7]))
     (y * torch.arange(1.0, 6.0)).sum().backward()
     assert torch.equal(x.grad, torch.tensor([0.0, 2.0, 3.0, 4.0, 0.0]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_on_a_cpu_is_that_of_other_devices(symmetric: bool) -> None:
+    """To the bit, with its gradient, and ranges as the tensor formulas have them."""
+    torch.manual_seed(0)
+    numbers, tensors = ActivationQuantizer(symmetric), ActivationQuantizer(symmetric)
+    numbers.train()
+    for _ in range(3):
+        x = (3 * torch.randn(50, 7) + 1).requires_grad_()
+        y = numbers(x, torch.tensor(8.0))
+        tensors._observe(x.detach(), 0)
+        for name, buffer in numbers.named_buffers():
+            torch.testing.assert_close(buffer, tensors.get_buffer(name), rtol=1e-6, atol=0)
+    # Wider than the range, so that some are clamped.
+    x = (2 * x.detach()).requires_grad_()
+    numbers.eval()
+    y = numbers(x, torch.tensor(8.0))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    expected, inside = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+        x, numbers.scale[0], numbers.zero_point[0].int(), torch.tensor(1), -127 if symmetric else -128, 127
+    )
+    assert torch.equal(y, expected)
+    assert torch.equal(gradient, inside.float())
+    assert not inside.all()
 
 
 def test_thirty_two_bits_is_no_rounding() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from t3c_compile.backends.targets import get_target
 from t3c_compile.chain import Grid, chains
 from t3c_compile.controller import Controller, Gates
-from t3c_compile.losses import GatesCost, budget_penalty
+from t3c_compile.losses import LevelsCost, budget_penalty
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.training import ElasticLoss, LossWeights, TrainError, TrainResult, train
@@ -213,11 +213,11 @@ def test_the_controller_learns_to_fit_the_budget() -> None:
             weights = replace(PLAIN, budget=weight)
             quick(elastic, random_batches(40), epochs=6, lr=1e-5, controller=controller, weights=weights)
         loss = ElasticLoss(elastic, controller, PLAIN, TARGET)
-        cost = GatesCost(elastic, controller.chains, TARGET)
+        cost = LevelsCost(elastic, controller.chains, TARGET)
         torch.manual_seed(3)
         with torch.no_grad():
             budgets = [loss.sample_budget() for _ in range(100)]
-            excess.append(sum(float(budget_penalty(cost(loss.sample_gates(b)), b)) for b in budgets))
+            excess.append(sum(float(budget_penalty(cost(controller.sample(b)), b)) for b in budgets))
     before, without, with_term = excess
     assert with_term < 0.7 * before
     assert with_term < 0.95 * without
@@ -261,16 +261,32 @@ def test_the_certificate_term_opens_the_gates() -> None:
         elastic = elastic_model()
         controller = Controller(chains(elastic, GRID))
         weights = replace(PLAIN, certificate=weight, epsilon=0.1)
-        quick(elastic, random_batches(10), epochs=3, controller=controller, weights=weights, proxy=Closed())
+        quick(elastic, random_batches(10), epochs=5, controller=controller, weights=weights, proxy=Closed())
         scores.append(float(controller(torch.full((3,), 0.5)).detach().sum()))
     assert scores[1] > scores[0] + 0.1
+
+
+def test_profiles_are_taught_on_the_full_models_last_batch() -> None:
+    """Whatever batch a step is handed that trains least or sampled options: its terms are of the one before."""
+    elastic, (first, second, _) = observed_model(), random_batches()
+    loss = ElasticLoss(elastic, Controller(chains(elastic, GRID)), LossWeights(), TARGET)
+    kinds = set()
+    for seed in range(20):
+        loss.start_epoch()
+        torch.manual_seed(seed)
+        before = loss(elastic, first)
+        if before.keys() != {"task"}:
+            torch.manual_seed(seed)
+            assert loss(elastic, second) == before
+            kinds.add(tuple(before))
+    assert kinds == {("task", "distillation"), ("task", "distillation", "budget")}
 
 
 def test_cost_of_the_least_gates_is_what_no_budget_goes_below() -> None:
     elastic = elastic_model()
     controller = Controller(chains(elastic, GRID))
     loss = ElasticLoss(elastic, controller, LossWeights(), TARGET)
-    least = GatesCost(elastic, controller.chains, TARGET).least
+    least = LevelsCost(elastic, controller.chains, TARGET).least
     budgets = torch.stack([loss.sample_budget() for _ in range(200)])
     assert bool((budgets >= least).all())
     assert bool((budgets <= 1).all())
@@ -281,9 +297,9 @@ def test_a_loss_that_is_not_finite_loses_nothing() -> None:
     elastic = elastic_model()
     before = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
     batches = random_batches()
-    # Finite, but its sums are not.
-    huge = [*batches[:2], (torch.full_like(batches[2][0], 3e38), batches[2][1])]
-    with pytest.raises(TrainError, match=r"not finite in epoch 0, batch 2.*lower lr"):
+    # Finite, but its sums are not. Not every batch is trained on.
+    huge = [*batches[:2], *[(torch.full_like(batches[2][0], 3e38), batches[2][1])] * 8]
+    with pytest.raises(TrainError, match=r"not finite in epoch 0, batch [2-9].*lower lr"):
         quick(elastic, huge)
     assert all(torch.equal(tensor, before[name]) for name, tensor in elastic.state_dict().items())
 

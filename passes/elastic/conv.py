@@ -29,6 +29,13 @@ class ConvGeometry:
         return {name: list(value) for name, value in asdict(self).items()}
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of ``x`` [N, I, H, W] by ``weight`` [O, I], as a product: on small tensors torch's convolution
+    takes twice as long. The outcome is a view."""
+    rows = F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), weight, bias)
+    return rows.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
 class SvdConv2d(TwoFactorLayer):
     """A 1x1 convolution as ``V`` [R, I] then ``U`` [O, R]; the stride is the first factor's."""
 
@@ -41,10 +48,11 @@ class SvdConv2d(TwoFactorLayer):
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
         rank = self._open()
         u, mid = self._rounded_out(self.U[:, :rank])
-        v = self._rounded(self.V[:rank], 1)[:, :, None, None]
-        h = self.conv.convolve(self._quantized("x", x, call), v) * self._gated(mid[:, None, None])
-        h = self._quantized("h", h, call)
-        return F.conv2d(h, u[:, :, None, None], self.bias)
+        v = self._rounded(self.V[:rank], 1)
+        h = self.conv.convolve(self._quantized("x", x, call), (self._gated(v) if mid is None else v)[:, :, None, None])
+        if mid is not None:
+            h = self._quantized("h", h * self._gated(mid[:, None, None]), call)
+        return pointwise(h, u, self.bias).clone()  # FSDP2 hooks outputs, which may be no views.
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         return super().compose(factors, rank)[:, :, None, None]
@@ -96,10 +104,12 @@ class ThreeFactorConv2d(ElasticLayer):
         u, out = self._rounded_out(self.U[:, :rank])
         # A middle without a scale of its own: rows of V are closed.
         v = self._rounded(self._gated(self.V[:rank]), 1)
-        h = F.conv2d(self._quantized("x", x, call), v[:, :, None, None])
-        g = self._spatial(self._quantized("h", h, call)) * self._gated(out[:, None, None])
-        g = self._quantized("g", g, call)
-        return F.conv2d(g, u[:, :, None, None], self.bias)
+        h = pointwise(self._quantized("x", x, call), v)
+        g = self._spatial(self._quantized("h", h, call))
+        if out is None:
+            return pointwise(g, self._gated(u.T).T, self.bias).clone()
+        g = self._quantized("g", g * self._gated(out[:, None, None]), call)
+        return pointwise(g, u, self.bias).clone()  # FSDP2 hooks outputs, which may be no views.
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         u = self.U.T

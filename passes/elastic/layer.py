@@ -90,11 +90,15 @@ class ElasticLayer(nn.Module):
         return h * self.gate.mask[: len(h)].reshape(-1, *[1] * (h.dim() - 1))
 
     def _quantized(self, name: str, x: Tensor, call: int) -> Tensor:
-        quantizer: ActivationQuantizer | None = getattr(self, f"{name}_quant")
-        if quantizer is None or self.float_activations or (self.unrounded and not quantizer.training):
+        if self._floats():
             return x
-        rounded: Tensor = quantizer(x, self._bits(), call)
+        rounded: Tensor = getattr(self, f"{name}_quant")(x, self._bits(), call)
         return rounded
+
+    def _floats(self) -> bool:
+        """Whether input and middles stay as they are, and no range follows them."""
+        quantizer = self.x_quant
+        return quantizer is None or self.float_activations or (self.unrounded and not quantizer.training)
 
     def _rounded(self, factor: Tensor, dim: int | tuple[int, ...], scale: Tensor | None = None) -> Tensor:
         """``factor`` as training sees it, of scale ``scale`` or one scale over ``dim``."""
@@ -103,14 +107,16 @@ class ElasticLayer(nn.Module):
         scale = weight_scale(factor.detach(), dim) if scale is None else scale
         return fake_quantize_weight(factor, scale, self._bits())
 
-    def _rounded_out(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The last factor [m, R] in units of its component scale, and that scale [R], which the middle carries."""
+    def _rounded_out(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last factor [m, R] in units of its component scale, and that scale [R], which the middle carries.
+
+        Where middles are float32 nothing depends on their units: the factor as it is, and None.
+        """
+        if self._floats():
+            return self._rounded(u, 0), None
         scale = weight_scale(u.detach(), 0)
-        if self.unrounded and not (self.h_quant and self.h_quant.training):
-            # Nothing then depends on the middle's units, and a copy in units would be kept for the gradient.
-            return u, torch.ones_like(scale[0])
         normalized = u / scale
-        if self.x_quant is not None and not self.unrounded:
+        if not self.unrounded:
             normalized = fake_quantize_weight(normalized, torch.ones(()), self._bits())
         return normalized, scale[0]
 

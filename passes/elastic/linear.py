@@ -19,9 +19,11 @@ class SvdLinear(TwoFactorLayer):
             return F.linear(x, whole, self.bias)
         rank = self._open()
         u, mid = self._rounded_out(self.U[:, :rank])
-        h = F.linear(self._quantized("x", x, call), self._rounded(self.V[:rank], 1)) * self._gated(mid)
-        h = self._quantized("h", h, call)
-        return F.linear(h, u, self.bias)
+        v = self._rounded(self.V[:rank], 1)
+        if mid is None:
+            return F.linear(F.linear(x, self._gated(v)), u, self.bias)
+        h = F.linear(self._quantized("x", x, call), v) * self._gated(mid)
+        return F.linear(self._quantized("h", h, call), u, self.bias)
 
 
 class DenseLinear(WholeLayer):

@@ -1,11 +1,13 @@
 """What sits beside an elastic layer's factors: the controller's gate and the activation quantizers."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from t3c_compile.passes.ops import fake_quantize
+from t3c_compile.passes.ops.fake_quantize import is_known, rounded_on_cpu
 
 _MOMENTUM = 0.1
 
@@ -62,24 +64,53 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("high", torch.full((calls,), float("-inf")))
 
     def forward(self, x: Tensor, bits: Tensor, call: int = 0) -> Tensor:
+        if is_known(x):
+            return self._of_numbers(x, float(bits), call)
         if self.training:
             self._observe(x.detach(), call)
         scale, zero_point = self.scale[call], self.zero_point[call]
         if self.training:
             # Copies: the next call moves the range, and the backward of this one needs its own.
             scale, zero_point = scale.clone(), zero_point.clone()
-        quantized: Tensor = fake_quantize(x, scale, zero_point, bits, -127 if self.symmetric else -128)
+        quantized: Tensor = fake_quantize(x, scale, zero_point, bits, self._qmin)
         return quantized
 
-    def _observe(self, x: Tensor, call: int) -> None:
+    @property
+    def _qmin(self) -> int:
+        return -127 if self.symmetric else -128
+
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(x)
-        if self.join is not None:
-            low, high = self.join(low, high)
+        return (low, high) if self.join is None else self.join(low, high)
+
+    def _observe(self, x: Tensor, call: int) -> None:
+        low, high = self._ends(x)
         first = torch.isinf(self.low[call])
         low = torch.where(first, low, self.low[call] + _MOMENTUM * (low - self.low[call]))
         high = torch.where(first, high, self.high[call] + _MOMENTUM * (high - self.high[call]))
         self.low[call], self.high[call] = low, high
         self.set_range(low, high, call)
+
+    def _of_numbers(self, x: Tensor, bits: float, call: int) -> Tensor:
+        """The same in numbers of Python: thirty operations on single numbers cost more as tensors than the rounding."""
+        scale, zero_point = self.scale.numpy(), self.zero_point.numpy()
+        if self.training:
+            low, high = map(float, self._ends(x.detach()))
+            if not math.isfinite(high - low):
+                # The trainer says so.
+                return x
+            lowest, highest = self.low.numpy(), self.high.numpy()
+            if math.isfinite(lowest[call]):
+                low = float(lowest[call]) + _MOMENTUM * (low - float(lowest[call]))
+                high = float(highest[call]) + _MOMENTUM * (high - float(highest[call]))
+            lowest[call], highest[call] = low, high
+            if self.symmetric:
+                scale[call] = max(-low, high, 127e-8) / 127
+            else:
+                low = min(low, 0.0)
+                scale[call] = max((max(high, 0.0) - low) / 255, 1e-8)
+                zero_point[call] = min(max(round(-128 - low / float(scale[call])), -128), 127)
+        return x if bits >= 32 else rounded_on_cpu(x, float(scale[call]), float(zero_point[call]), self._qmin)
 
     def set_range(self, low: Tensor, high: Tensor, call: int = 0) -> None:
         """Scale and zero point for values in [``low``, ``high``] (0-d tensors); zero is always representable."""

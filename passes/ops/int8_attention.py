@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from t3c_compile.passes.ops.attention import attended, exponentials, mask_scores
-from t3c_compile.passes.ops.fake_quantize import composite, is_float, straight_through
+from t3c_compile.passes.ops.fake_quantize import composite, is_known, passed_through, straight_through
 
 aten = torch.ops.aten
 
@@ -26,14 +26,17 @@ def integer_rows(x: Tensor, most: float = MOST) -> tuple[Tensor, Tensor]:
 
 def _whole(x: Tensor, greatest: Tensor, most: float) -> Tensor:
     # A number divided by a tensor is its inverse times the number: two roundings instead of one.
-    return torch.round(x * (torch.full_like(greatest, most) / greatest))
+    return (x * (torch.full_like(greatest, most) / greatest)).round_()
 
 
 def fake_quantize_rows(x: Tensor, bits: Tensor) -> Tensor:
     """Each row of float32 ``x`` [..., n] rounded to int8 by its greatest number and back, as ``t3c::attention_int8``
     does; unchanged where ``bits`` (0-d float32, a layer's width) is 32. Gradient: one (nothing is clamped)."""
-    if is_float(bits):
-        return x
+    if is_known(x):
+        if float(bits) >= 32:
+            return x
+        whole, step = integer_rows(x.detach())
+        return passed_through(x, whole.mul_(step))
     with torch.no_grad():
         whole, step = integer_rows(x)
         rounded = torch.where(bits >= 32, x, whole * step)
