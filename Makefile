@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 PACKAGE := --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz kills digits check typed docs arm64-root runner clean
+.PHONY: help demo test fuzz kills digits check lint types typed docs arm64-root runner clean
 
 help:
 	@echo "make demo | test | fuzz | kills | digits | check | docs | arm64-root | runner | clean     (PYTHON=$(PYTHON) makes .venv)"
@@ -41,11 +41,14 @@ kills: .venv/installed-dev
 digits: .venv/installed-dev
 	T3C_DIGITS="cnn vit" $(BIN)/python -m pytest tests/test_digits.py
 
-check: .venv/installed-dev typed
+check: lint types docs
+
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev typed
 	MYPYPATH=build/typed $(BIN)/mypy --strict -p t3c_compile
-	$(MAKE) docs
 
 # A broken link, a page without a place or one that loads from another host is an error (mkdocs.yml).
 docs: .venv/installed-dev typed

@@ -47,7 +47,7 @@ class Digits:
         targets = [get_target(target) for target in TARGETS]
         labels = prepared.data.calibration[1]
         self.profiles: ProfileSet = snap(
-            self.elastic, prepared.calibration, targets, labels, prepared.controller, count=3
+            self.elastic, prepared.calibration, targets, labels, prepared.controller, count=2
         )
         self.path = lower(self.elastic, self.profiles, targets, folder / f"{name}.t3c", self.example)
 

@@ -1,6 +1,6 @@
 """Random modules survive every pass: right results or a reason, never a crash.
 
-``T3C_FUZZ_CASES`` sets how many (30), ``T3C_FUZZ_SEED`` which (drawn and printed when not given).
+``T3C_FUZZ_CASES`` sets how many (20), ``T3C_FUZZ_SEED`` which (drawn and printed when not given).
 """
 
 import copy
@@ -26,7 +26,7 @@ from t3c_compile.passes.option import Option
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.transforming import observe, transform
 
-CASES = int(os.environ.get("T3C_FUZZ_CASES", "30"))
+CASES = int(os.environ.get("T3C_FUZZ_CASES", "20"))
 SEED = int(os.environ.get("T3C_FUZZ_SEED", str(random.SystemRandom().randrange(2**32))))
 _OPTIONS = settings(
     deadline=None,
