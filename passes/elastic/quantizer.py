@@ -65,7 +65,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor, bits: Tensor, call: int = 0) -> Tensor:
         if is_known(x):
-            return self._of_numbers(x, float(bits), call)
+            return self._of_numbers(x, float(bits.detach()), call)
         if self.training:
             self._observe(x.detach(), call)
         scale, zero_point = self.scale[call], self.zero_point[call]

@@ -52,7 +52,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, qm
         inside = torch.clamp(x, low, high)
         return torch.where(bits >= 32, x, straight_through(inside, (q - zero_point) * scale))
     if is_known(x):
-        return x if float(bits) >= 32 else rounded_on_cpu(x, float(scale), float(zero_point), qmin)
+        return x if float(bits.detach()) >= 32 else rounded_on_cpu(x, float(scale), float(zero_point), qmin)
     # ATen's kernel rounds alike, in one pass, and keeps one byte a number for the gradient.
     rounded: Tensor = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
         x, scale, zero_point.int(), (bits < 32).long(), qmin, 127
@@ -95,7 +95,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
     """
     # Both are asked, for where tensors are faked a buffer may still be real.
     if is_known(scale) and is_known(bits):
-        width = float(bits)
+        width = float(bits.detach())
         return weight if width >= 32 else passed_through(weight, _round_weight(weight.detach(), scale, width))
     with torch.no_grad():
         # keep_top_bits(quantize_weight(weight, scale)) * scale in fewer passes: steps are powers of two, so exact.

@@ -33,7 +33,7 @@ def fake_quantize_rows(x: Tensor, bits: Tensor) -> Tensor:
     """Each row of float32 ``x`` [..., n] rounded to int8 by its greatest number and back, as ``t3c::attention_int8``
     does; unchanged where ``bits`` (0-d float32, a layer's width) is 32. Gradient: one (nothing is clamped)."""
     if is_known(x):
-        if float(bits) >= 32:
+        if float(bits.detach()) >= 32:
             return x
         whole, step = integer_rows(x.detach())
         return passed_through(x, whole.mul_(step))
