@@ -235,7 +235,7 @@ class TrainingProxy(SpectralProxy):
         old, new = float(errors[index].detach()), float(fresh.detach())
         if old > 0 and new > 0:
             self._state[_AGED] = aged.index_put((torch.tensor(index),), aged[index] * (new / old))
-        return self.scale * (errors.sum() + (new - old) + _MEASURED_EVERY * (fresh - fresh.detach()))
+        return self.scale * (errors.sum() + (new - old) + _MEASURED_EVERY * (fresh - new))
 
     def _tabled(self, name: str) -> Tensor:
         """One layer's term at every width and rank of the table."""
