@@ -12,9 +12,15 @@ _ARM_FEATURES = {
     _AT_HWCAP2: {"sve2": 1, "i8mm": 13, "bf16": 14},
 }
 
+# From Linux's asm/prctl.h and asm/fpu/types.h: a process has the tile registers of AMX only if it asks for them.
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILES = 158, 0x1023, 18
+
 
 def features() -> frozenset[str]:
-    """CPU features as Linux names them: from ``/proc/cpuinfo`` on x86, from the auxiliary vector on arm64."""
+    """CPU features as Linux names them: from ``/proc/cpuinfo`` on x86, from the auxiliary vector on arm64.
+
+    Where AMX is among them, this process may use it from now on: Linux has given its permission.
+    """
     if platform.machine() in ("aarch64", "arm64"):
         # An emulator shows its host's cpuinfo; the auxiliary vector is the program's own.
         value = ctypes.CDLL(None).getauxval
@@ -26,7 +32,10 @@ def features() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+    found = frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+    if "amx_tile" in found and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILES) != 0:
+        return frozenset(feature for feature in found if not feature.startswith("amx"))
+    return found
 
 
 def let_tvm_use_all_cores() -> None:

@@ -23,7 +23,7 @@ _SHIPPED = Path(__file__).with_name("targets.toml")
 # The first compute capability whose tensor cores multiply int8 in the shape of the kernels (mma m16n8k32).
 LEAST_CUDA = 80
 # The target x86_64 is the first of these that this machine is.
-_HOST_LEVELS = ("x86_64-vnni", "x86_64-avxvnni", "x86_64-v3")
+_HOST_LEVELS = ("x86_64-amx", "x86_64-vnni", "x86_64-avxvnni", "x86_64-v3")
 
 
 class UnknownTargetError(T3CError):
@@ -97,7 +97,7 @@ _KEYS_OF_TABLE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "kind": tuple(_KEYS_OF_KIND),
-    "simd": ("avx512vnni", "avxvnni", "avx2", "i8mm", "dotprod", "neon"),
+    "simd": ("amx", "avx512vnni", "avxvnni", "avx2", "i8mm", "dotprod", "neon"),
     "bits": (4, 5, 6, 7, 8),
     "accumulate": ("int32",),
     "cost": ("measured", "vela"),

@@ -5,6 +5,9 @@
 #if defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#else
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <fstream>
@@ -38,6 +41,11 @@ std::set<std::string> cpu_features() {
     std::istringstream flags(line.substr(line.find(':') + 1));
     std::set<std::string> features;
     for (std::string flag; flags >> flag;) features.insert(flag);
+    // A process has the tile registers of AMX (state 18 of Linux's asm/fpu/types.h) only if it asks for them.
+    const long request_permission = 0x1023, tiles = 18;
+    if (features.count("amx_tile") && syscall(SYS_arch_prctl, request_permission, tiles) != 0) {
+      for (const char* feature : {"amx_tile", "amx_int8", "amx_bf16"}) features.erase(feature);
+    }
     return features;
   }
   return {};

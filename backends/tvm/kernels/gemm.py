@@ -73,11 +73,14 @@ class Rows:
     """Where the activations of a product's rows lie in ``buffer``, in the form the dot product reads.
 
     A row begins at element ``place(row)``; of a convolution's row, tap (ky, kx) of ``kernel`` lies ``shift(ky, kx)``
-    further. A row past the last one may be asked for, too.
+    further. A row past the last one may be asked for, too. Rows of a ``run`` (all rows where it is None) lie ``step``
+    elements apart.
     """
 
     buffer: Buffer
     place: Callable[[Index], Index]
+    step: Index
+    run: int | None = None
     kernel: tuple[int, int] = (1, 1)
     shift: Callable[[Index, Index], Index] = lambda ky, kx: 0
 
@@ -106,6 +109,8 @@ def as_read(isa: Isa, value: Expr, dtype: str, n: int) -> Expr:
 def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
     """Copy int8 ``x`` [rows, inputs] to the form ``multiply`` reads."""
     stride, lanes = row_stride(inputs), isa.lanes * QUAD
+    if isa.matrices and not few_rows(rows) and inputs % QUAD == 0:
+        return Rows(x, lambda row: row * inputs, inputs)
     prepared = scratch_rows(isa, rows, inputs)
 
     @for_each(rows, product((rows, inputs)))
@@ -124,7 +129,7 @@ def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
 def scratch_rows(isa: Isa, rows: Index, inputs: int) -> Rows:
     """Scratch for ``rows`` of ``inputs`` activations, ``row_stride(inputs)`` elements each."""
     stride = row_stride(inputs)
-    return Rows(T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype), lambda row: row * stride)
+    return Rows(T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype), lambda row: row * stride, stride)
 
 
 def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:
@@ -198,6 +203,11 @@ def row_sums(isa: Isa, cells: list[Buffer], row: int) -> Expr:
 
 def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
     """Emit the product; ``epilogue`` gets each vector of ``sum((x - zero_point) * weight)``."""
+    if isa.matrices and not few_rows(p.rows):
+        from t3c_compile.backends.tvm.kernels import gemm_amx
+
+        gemm_amx.multiply(isa, p, x, weights, epilogue, tile)
+        return
     width, chunk = tile.vectors * isa.lanes, tile.chunk
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
@@ -224,9 +234,20 @@ def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], col
     return tiles[number] if tiles else default_tile(isa, lead, columns)
 
 
+def few_rows(rows):
+    count = static(rows)
+    return count is not None and count < 4
+
+
 def default_tile(isa: Isa, lead: Sequence[int | str], columns: int) -> Tile:
     """The tile of a product that was not tuned. What is not known of its rows is taken for 1: a batch of one sample."""
     rows, known = prod(size_at(size, {}) for size in lead), all(isinstance(size, int) for size in lead)
+    if isa.matrices and not (known and rows < 4):
+        tiles = ceil_div(rows, 16)
+        if tiles == 1:
+            return Tile(rows if known else 16, 4, 16)
+        tiles += tiles % 2
+        return Tile(2 * ceil_div(rows, tiles), 2, 1 << 20 if rows < 1024 else 512)
     vectors = min((4, 3, 2), key=partial(_work, isa, rows, columns)) if known and isa.registers >= 24 else isa.panel
     if rows == 1 and not known:
         return Tile(_height(isa, None, vectors), vectors, CHUNK_ROWS)

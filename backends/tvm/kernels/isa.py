@@ -52,6 +52,7 @@ class Isa:
     takes the units that ``dot`` does.
     ``panel``: vectors side by side in a tile that is not tuned.
     ``narrow``: set where the weights have fewer bits and are multiplied so, see :func:`for_weights`.
+    ``matrices``: the unit of AMX multiplies whole matrices of these words, see ``gemm_amx.py``; all else is AVX512's.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Isa:
     narrows_panels: bool = False
     panel: int = 4
     narrow: Narrow | None = None
+    matrices: bool = False
 
     @property
     def word(self) -> int:
@@ -154,6 +156,7 @@ def _isa(
 
 
 _ISAS = {
+    "amx": Isa("amx", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True, matrices=True),
     "avx512vnni": Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True),
     "avxvnni": Isa("avxvnni", 8, 12, True, partial(_vnni_dot, 8), narrows_panels=True, panel=2),
     "avx2": _isa("avx2", 8, 8, _avx2_dot),

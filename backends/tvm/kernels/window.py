@@ -116,7 +116,9 @@ class Images:
         def shift(ky: Index, kx: Index) -> Index:
             return (ky * (w.dilation[0] * self._size[1]) + kx * w.dilation[1]) * stride
 
-        return Rows(self.buffer, place, w.kernel, shift)
+        if self._size == w.out:
+            return Rows(self.buffer, place, stride, None, w.kernel, shift)
+        return Rows(self.buffer, place, w.stride[1] * stride, w.out[1], w.kernel, shift)
 
     def read(self, x: Buffer) -> None:
         """Take ``x`` [batch, H, W, channels], int8 or uint8 with 128 added: as it lies, or copied and padded."""
