@@ -29,7 +29,7 @@ from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library, link
 from t3c_compile.backends.tvm.farm.devices import DeviceError, Remote
 from t3c_compile.backends.tvm.kernels.emit import prim_func, store
-from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS
+from t3c_compile.backends.tvm.kernels.product import SPARE_ROWS
 from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec
 from t3c_compile.backends.tvm.kernels.tile import Tile, Tiles

@@ -15,9 +15,10 @@ from t3c_compile.backends.tvm.kernels.depthwise import depthwise
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, Shape, prim_func, product, static
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import Product, Rows, multiply, scratch_rows, tile_for
-from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa, for_weights
+from t3c_compile.backends.tvm.kernels.gemm import multiply, tile_for
+from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa, for_middle, for_weights
 from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, words_of_conv, words_of_matrix
+from t3c_compile.backends.tvm.kernels.product import Product, Rows, scratch_rows
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.kernels.window import Images, Window
 
@@ -170,21 +171,22 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         batch = function.size((s.batch,))
         rows = product((batch, w.pixels))
         isa = for_weights(isa, s.bits, static(rows))
+        between = for_middle(isa)
         # An SVD's stride is taken as the image is read; the other forms begin with every pixel.
         seen = w if core is None else every_pixel(w)
         images = _read(isa, s, seen, batch, x, numbers, 4, zero_point)
         first = Product(product((batch, seen.pixels)), k_in, s.channels, s.channels, zero_point, s.bits)
         if core is None:
-            last = scratch_rows(isa, first.rows, k_in)
-            to_h = middle(isa, last.buffer, last.place, k_in, mid_scale, x_to_h)
+            last = scratch_rows(between, first.rows, k_in)
+            to_h = middle(between, last.buffer, last.place, k_in, mid_scale, x_to_h)
             multiply(isa, first, images.rows(), v, to_h, tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in))
         else:
-            h = Images(isa, w, batch, k_in, 0, written=True)
+            h = Images(between, w, batch, k_in, 0, written=True)
             h.allocate()
             h.pad()
-            to_h = middle(isa, h.buffer, h.at, k_in, mid_scale, x_to_h)
+            to_h = middle(between, h.buffer, h.at, k_in, mid_scale, x_to_h)
             multiply(isa, first, images.rows(), v, to_h, tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in))
-            last = _core(isa, s, batch, h.rows(), core, core_scale, h_to_g, tiles)
+            last = _core(between, s, batch, h.rows(), core, core_scale, h_to_g, tiles)
         end = chain_end(isa, writer, s.outputs, scale, gain, bias)
         tile = tile_for(isa, tiles, -1, (s.batch, w.pixels), s.outputs)
         multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end, tile)

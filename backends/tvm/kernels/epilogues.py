@@ -16,7 +16,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.finish import Writer, bounded_int32, narrowed
-from t3c_compile.backends.tvm.kernels.gemm import Epilogue
+from t3c_compile.backends.tvm.kernels.product import Epilogue
 from t3c_compile.backends.tvm.kernels.isa import Isa
 
 

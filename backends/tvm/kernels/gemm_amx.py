@@ -1,12 +1,13 @@
 """The int8 product on AMX: tiles of 16 rows by 64 inputs times 64 inputs by 16 columns, summed up in tile registers.
 
 Weights in words of four lie as the unit takes them; activations are read where they lie, int8 or uint8 with 128 added,
-sixteen rows an equal step apart. A block of sums goes through a small buffer to the epilogue, which is AVX512's and works
-on one block while the unit multiplies the next.
+the rows of a tile an equal step apart. A block of sums, a few tiles, goes through a small buffer to the epilogue, which
+is AVX512's: it works on the block before while the unit multiplies.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -20,25 +21,97 @@ from t3c_compile.backends.tvm.kernels.emit import (
     int32,
     load,
     product,
+    size_at,
     static,
     store,
     when,
 )
-from t3c_compile.backends.tvm.kernels.gemm import (
-    Epilogue,
-    Product,
-    Rows,
-    _narrowed,
-    weight_sums,
-)
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, narrowed_panel, weight_sums
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _ROWS = 16  # of a tile register
 _BYTES = 64  # of a row of one
 _WORDS = _BYTES // QUAD
 _REGISTERS = 8
-_TASKS = 8
+_TASKS = 8  # into which a product is cut at least, so that it divides well between threads
+_CHUNK_ROWS = 512  # of a task, where there are more than twice as many
+
+
+def default_tile(lead: Sequence[int | str]) -> Tile:
+    """The tile of a product that was not tuned, as :func:`gemm.default_tile` says."""
+    rows = prod(size_at(size, {}) for size in lead)
+    tiles = ceil_div(rows, _ROWS)
+    if tiles == 1:
+        return Tile(rows if all(isinstance(size, int) for size in lead) else _ROWS, 4, rows)
+    # Two by two, all of one height.
+    height = ceil_div(rows, tiles + tiles % 2)
+    return Tile(2 * height, 2, rows if rows <= 2 * _CHUNK_ROWS else _CHUNK_ROWS)
+
+
+def fits(tile: Tile) -> bool:
+    """Whether the registers hold the sums of ``tile``, its rows and a register of weights."""
+    high = ceil_div(tile.rows, _ROWS)
+    return high * tile.vectors + high < _REGISTERS
+
+
+def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
+    """Emit the product, as :func:`gemm.multiply` says."""
+    p, x = _joined(p, x)
+    cut = _cut(p, x, tile)
+    width = tile.vectors * BLOCK
+    panels, share = ceil_div(p.columns, width), max(1, tile.chunk // _ROWS)
+    # One at least: TVM folds what even a branch never taken divides by.
+    parts = ceil_div(cut.tiles, share) if static(p.rows) is not None else T.max(ceil_div(cut.tiles, share), 1)
+    # Weights that are rounded are kept for one panel.
+    span = 1 if p.bits < 8 else ceil_div(panels, ceil_div(_TASKS, min(static(parts) or 1, _TASKS)))
+    spans = ceil_div(panels, span)
+
+    @for_each(p.groups * spans * parts, product((p.groups, p.rows, p.columns, p.inputs, *x.kernel)))
+    def _(task: Index) -> None:
+        group, part = T.bind(task // (spans * parts)), T.bind(task // spans % parts)
+        first, tiles = T.bind(task % spans * span), T.bind(part * share)
+        task_ = _Task(isa, p, x, weights, epilogue, tile.vectors, cut, group, first, span)
+        task_.emit((tiles, T.bind(T.min(tiles + share, cut.tiles))), T.bind(T.min(first + span, panels)))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Rows as ``tiles`` tiles of ``rows`` rows, ``high`` of them in a block; ``first(tile)`` is a tile's first row.
+
+    Where rows do not divide evenly, the last tile has some that the one before has, too.
+    """
+
+    tiles: Index
+    rows: Index
+    high: int
+    first: Callable[[Index], Index]
+
+
+def _cut(p: Product, x: Rows, tile: Tile) -> _Cut:
+    high, count = ceil_div(tile.rows, _ROWS), static(p.rows)
+    if x.run is not None:
+        run, in_run = x.run, ceil_div(x.run, _ROWS)
+        height = ceil_div(run, in_run)
+        return _Cut(
+            p.rows // run * in_run,
+            height,
+            high,
+            lambda tile: T.bind(tile // in_run * run + T.min(tile % in_run * height, run - height)),
+        )
+    most = ceil_div(tile.rows, high)
+    rows = min(count, most) if count is not None else T.bind(T.cast(T.min(p.rows, most), "int64"))
+    tiles = ceil_div(p.rows, rows)
+    return _Cut(tiles, rows, high, lambda tile: T.bind(T.min(tile * rows, p.rows - rows)))
+
+
+def _joined(p: Product, x: Rows) -> tuple[Product, Rows]:
+    """The same product with taps that lie one after the other, in activations as in weights, as inputs of one tap."""
+    inputs = ceil_div(p.inputs, QUAD) * QUAD
+    if x.kernel[1] == 1 or x.tap_step != inputs or p.stored_inputs > inputs or p.groups > 1:
+        return p, x
+    inputs *= x.kernel[1]
+    return replace(p, inputs=inputs, stored_inputs=inputs), replace(x, kernel=(x.kernel[0], 1))
 
 
 def _amx(name: str, *arguments: Expr | int) -> None:
@@ -47,80 +120,25 @@ def _amx(name: str, *arguments: Expr | int) -> None:
     T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *given))
 
 
-def _load(register: int, buffer: Buffer, at: Index, step: Index) -> None:
+def _load(register: int, buffer: Buffer, at: Index, step: int) -> None:
     _amx("tileloadd64", register, T.address_of(buffer[at]), T.int64(step))
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """How rows are cut: ``count`` registers of ``rows`` rows, ``high`` of them in a block."""
-
-    rows: Index
-    count: Index
-    high: int
-    first: Callable[[Index], Index]
-
-
-def _grid(p: Product, x: Rows, tile: Tile) -> _Grid:
-    count = static(p.rows)
-    high = ceil_div(tile.rows, _ROWS)
-    if x.run is not None:
-        run, in_run = x.run, ceil_div(x.run, _ROWS)
-        rows = ceil_div(run, in_run)
-        # The last of a run may take rows that the one before takes, too.
-        return _Grid(
-            rows,
-            p.rows // run * in_run,
-            high,
-            lambda i: T.bind(i // in_run * run + T.min(i % in_run * rows, run - rows)),
-        )
-    if count is not None:
-        rows = min(count, ceil_div(tile.rows, high))
-        return _Grid(rows, ceil_div(count, rows), high, lambda i: T.bind(T.min(i * rows, count - rows)))
-    of_call = T.bind(T.cast(T.min(p.rows, ceil_div(tile.rows, high)), "int64"))
-    return _Grid(
-        of_call, T.max(ceil_div(p.rows, of_call), 1), high, lambda i: T.bind(T.min(i * of_call, p.rows - of_call))
-    )
-
-
-def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
-    """Emit the product, as :func:`gemm.multiply` says."""
-    grid = _grid(p, x, tile)
-    width = tile.vectors * BLOCK
-    panels = ceil_div(p.columns, width)
-    share = max(1, tile.chunk // _ROWS)
-    parts = ceil_div(grid.count, share)
-    known = static(parts)
-    # Rounded weights are kept for a panel at a time.
-    span = 1 if p.bits < 8 else ceil_div(panels, ceil_div(_TASKS, min(known, _TASKS)) if known else 2)
-    spans = ceil_div(panels, span)
-    taps = x.kernel[0] * x.kernel[1]
-
-    @for_each(p.groups * spans * parts, product((p.groups, p.rows, p.columns, p.inputs, taps)))
-    def _(task: Index) -> None:
-        first = T.bind(task % spans * span)
-        part = T.bind(task // spans % parts)
-        group = T.bind(task // (spans * parts))
-        tiles = T.bind(part * share), T.bind(T.min(part * share + share, grid.count))
-        last = T.bind(T.min(first + span, panels)) if panels % span else first + span
-        _Task(isa, p, x, weights, epilogue, tile.vectors, grid, group).emit(tiles, (first, last), span)
-
-
 def _configure(rows: Index, words: int, sums: int, left: int) -> None:
-    """Shape the registers: first ``sums`` of sums, then ``left`` of activations, the rest of weights."""
+    """Shape the registers: ``sums`` of sums, ``left`` of activations, the rest of weights, ``words`` of either."""
     config = T.alloc_buffer((64,), "uint8")
     store(config, 0, fill(T.uint8(0), 64), 64)
     T.buffer_store(config, T.uint8(1), [0])
     for register in range(_REGISTERS):
-        of_rows = register < sums + left
-        of_inputs = sums <= register < sums + left
-        T.buffer_store(config, T.uint8(words * QUAD if of_inputs else _BYTES), [16 + 2 * register])
-        T.buffer_store(config, T.cast(rows, "uint8") if of_rows else T.uint8(words), [48 + register])
+        activations = sums <= register < sums + left
+        T.buffer_store(config, T.uint8(words * QUAD if activations else _BYTES), [16 + 2 * register])
+        height = T.cast(rows, "uint8") if register < sums + left else T.uint8(words)
+        T.buffer_store(config, height, [48 + register])
     _amx("ldtilecfg", T.address_of(config[0]))
 
 
 class _Task:
-    """Some registers of rows times some panels of columns."""
+    """Some tiles of rows times up to ``span`` panels of columns from ``panel`` on."""
 
     def __init__(
         self,
@@ -130,189 +148,217 @@ class _Task:
         weights: Buffer,
         epilogue: Epilogue,
         vectors: int,
-        grid: _Grid,
+        cut: _Cut,
         group: Index,
+        panel: Index,
+        span: int,
     ) -> None:
-        self.isa, self.p, self.x, self.epilogue, self.grid, self.group = isa, p, x, epilogue, grid, group
-        self.weights, self.vectors, self.width = weights, vectors, vectors * BLOCK
-        self.taps = x.kernel[0] * x.kernel[1]
-        self.words = ceil_div(p.inputs, QUAD)
+        self.isa, self.p, self.x, self.epilogue, self.cut, self.group = isa, p, x, epilogue, cut, group
+        self.weights, self.vectors, self.panel, self.span = weights, vectors, panel, span
+        self.taps, self.words = x.kernel[0] * x.kernel[1], ceil_div(p.inputs, QUAD)
         self.tap_bytes = ceil_div(p.stored_inputs, QUAD) * _BYTES
+        # Packed weights start a new block for each group.
         self.base = T.bind(group * (ceil_div(p.columns, BLOCK) * self.taps * self.tap_bytes)) if p.groups > 1 else 0
-        self.offset = (128 if x.buffer.dtype == "uint8" else 0) + p.zero_point
-        self.dot = "tdpbusd" if x.buffer.dtype == "uint8" else "tdpbssd"
+        signed = x.buffer.dtype == "int8"
+        self.dot, self.offset = "tdpbssd" if signed else "tdpbusd", p.zero_point + (0 if signed else isa.offset)
+        # Steps of one size; else whole ones, and a last one that zeros fill up.
         steps = ceil_div(self.words, _WORDS)
-        if self.words % steps == 0:
-            self.step_words, self.steps, self.tail = self.words // steps, steps, 0
-        else:
-            self.step_words, (self.steps, self.tail) = _WORDS, divmod(self.words, _WORDS)
-        self.sums: Buffer = None
+        even = self.words % steps == 0
+        self.step_words = self.words // steps if even else _WORDS
+        self.steps, self.tail = divmod(self.words, self.step_words)
 
-    def place(self, block: Index, tap: Index, k: Index) -> Index:
-        """Where word ``k`` of a block of 16 columns lies."""
-        return self.base + block * (self.taps * self.tap_bytes) + tap * self.tap_bytes + k * _BYTES
-
-    def emit(self, tiles: tuple[Index, Index], panels: tuple[Index, Index], span: int) -> None:
-        grid, high = self.grid, self.grid.high
-        whole = self.p.columns // self.width
-        self.first_column, self.span = T.bind(panels[0] * self.width), span
-        if static(self.offset) != 0:
-            self.sums = T.alloc_buffer((span * self.width,), "int32")
-        _configure(grid.rows, self.step_words, high * self.vectors, high)
-        self.scratch = T.alloc_buffer((2 * high * self.vectors * _ROWS * BLOCK,), "int32")
-
-        def of_panels(first: Index, count: Index, vectors: int, columns: int) -> None:
-            self._start(first, count, vectors)
-            self._sweep(tiles, high, first, count, vectors, columns)
-
-        rest = self.p.columns - whole * self.width
+    def emit(self, tiles: tuple[Index, Index], end: Index) -> None:
+        """Panels before ``end`` times the tiles from the first to before the second."""
+        high, (whole, rest) = self.cut.high, divmod(self.p.columns, self.vectors * BLOCK)
+        _configure(self.cut.rows, self.step_words, high * self.vectors, high)
+        self.scratch = T.alloc_buffer((high * _ROWS * self.vectors * BLOCK,), "int32")
+        starts = self.span * self.vectors * BLOCK
+        self.starts = T.alloc_buffer((starts,), "int32") if static(self.offset) != 0 else None
         if whole:
-            of_panels(panels[0], T.bind(T.min(panels[1], whole) - panels[0]), self.vectors, self.width)
+            self._panels(tiles, self.panel, T.bind(T.min(end, whole) - self.panel), self.vectors, BLOCK)
         if rest:
-            when(panels[1] > whole, lambda: of_panels(whole, 1, ceil_div(rest, BLOCK), rest))
+            vectors, last = ceil_div(rest, BLOCK), rest % BLOCK or BLOCK
+            when(end > whole, lambda: self._panels(tiles, whole, 1, vectors, last))
         _amx("tilerelease")
 
-    def _start(self, first: Index, count: Index, vectors: int) -> None:
-        """What each column of some panels starts from; weights of fewer bits rounded."""
-        isa = self.isa
-        self.step, self.at = _BYTES, self.place
-        self.source = self.weights
-        if self.p.bits < 8:
-            column = T.bind(first * self.width // BLOCK)
-            self.source, at = _narrowed(
-                isa,
-                self.weights,
-                lambda v, tap, k: self.place(column + v, tap, k),
-                self.taps,
-                self.words,
-                vectors,
-                self.p.bits,
-            )
-            self.step = _BYTES * vectors
-            self.at = lambda block, tap, k: at(block - column, tap, k)
-        if self.sums is not None:
+    def _panels(self, tiles: tuple[Index, Index], panel: Index, count: Index, vectors: int, last: int) -> None:
+        """``count`` panels of ``vectors`` blocks of columns, of the last of which ``last`` columns are there."""
+        first = T.bind(panel * self.vectors)
+        weights = _Weights(self, first, count, vectors)
+        if self.starts is not None:
+            starts = self.starts
 
-            def summed() -> None:
-                with T.serial(0, count) as panel:
-                    block = T.bind((first + panel) * self.vectors)
-                    totals = weight_sums(
-                        isa,
-                        self.source,
-                        lambda v, tap, k: self.at(block + v, tap, k),
-                        self.taps,
-                        self.words,
-                        vectors,
-                        8,
-                    )
-                    for v, total in enumerate(totals):
+            def sums() -> None:
+                with T.serial(0, count) as i:
+                    block = T.bind(first + i * vectors)
+                    for v, total in enumerate(weights.sums(block)):
                         start = load(total, 0, BLOCK) * fill(int32(-1 * self.offset), BLOCK)
-                        store(self.sums, (block + v) * BLOCK - self.first_column, start, BLOCK)
+                        store(starts, self._start(block + v), start, BLOCK)
 
-            def nothing() -> None:
+            def zeros() -> None:
                 with T.serial(0, count * vectors) as v:
-                    store(
-                        self.sums, first * self.width - self.first_column + v * BLOCK, fill(T.int32(0), BLOCK), BLOCK
-                    )
+                    store(starts, self._start(first + v), fill(T.int32(0), BLOCK), BLOCK)
 
-            when(self.offset != 0, summed, nothing)
-        if self.tail:
-            self.tails = self._tail_of_weights(first, count, vectors)
-            self.tails_first = first
+            when(self.offset != 0, sums, zeros)
 
-    def _sweep(
-        self, tiles: tuple[Index, Index], high: int, first: Index, count: Index, vectors: int, columns: int
-    ) -> None:
-        """All rows times ``count`` panels from ``first`` on."""
+        def sweep(start: Index, blocks: Index, high: int) -> None:
+            """All panels times ``blocks`` blocks of ``high`` tiles."""
+            # TVM folds what even a loop never run divides by.
+            divisor = T.bind(T.max(blocks, 1))
 
-        def rows(start: Index, blocks: Index, high: int) -> None:
-            half = self.grid.high * self.vectors * _ROWS * BLOCK
+            def where(n: Index) -> tuple[Index, Index]:
+                """First tile and first block of columns."""
+                return T.bind(start + n % divisor * high), T.bind(first + n // divisor * vectors)
 
-            def where(n: Index) -> tuple[Index, Index, Index]:
-                return (
-                    T.bind(start + n // count * high),
-                    T.bind((first + n % count) * self.vectors),
-                    T.bind(n % 2 * half),
-                )
+            def finish(n: Index) -> Callable[[Index, Index], None]:
+                tile, block = where(n)
+                return self._finisher(tile, high, block, vectors, last)
 
             with T.serial(0, blocks * count) as n:
-                tile, column, into = where(n)
-                self._block(tile, high, column, vectors, into)
-                when(n > 0, lambda: self._finish(*where(n - 1), high, vectors, columns))
-            when(blocks * count > 0, lambda: self._finish(*where(blocks * count - 1), high, vectors, columns))
+                waiting = T.bind(T.if_then_else(n > 0, T.cast(self.cut.rows, "int64"), T.int64(0)))
+                before = finish(T.max(n - 1, 0))
 
-        total = tiles[1] - tiles[0]
-        rows(tiles[0], T.bind(total // high), high)
-        if high > 1:
-            odd = T.bind(total % high)
-            when(odd > 0, lambda: rows(tiles[1] - odd, odd, 1))
+                def between(step: Index, steps: int) -> None:
+                    before(T.bind(waiting * step // steps), T.bind(waiting * (step + 1) // steps))
 
-    def _block(self, tile: Index, count: int, block: Index, vectors: int, into: Index) -> None:
-        """The sums of ``count`` registers of rows and ``vectors`` blocks of columns."""
-        x, left = self.x, self.grid.high * self.vectors
-        right = left + self.grid.high
-        places = [T.bind(x.place(self.grid.first(tile + i)) + self.group * self.p.inputs) for i in range(count)]
-        for cell in range(count * vectors):
+                self._sums(*where(n), high, weights, between)
+            when(blocks * count > 0, lambda: finish(blocks * count - 1)(0, self.cut.rows))
+
+        high, total = self.cut.high, tiles[1] - tiles[0]
+        sweep(tiles[0], T.bind(total // high), high)
+        for left in range(1, high):
+            when(total % high == left, lambda left=left: sweep(tiles[1] - left, 1, left))
+
+    def _start(self, block: Index) -> Index:
+        return (block - self.panel * self.vectors) * BLOCK
+
+    def _sums(
+        self, tile: Index, block: Index, high: int, weights: "_Weights", between: Callable[[Index, int], None]
+    ) -> None:
+        """The sums of ``high`` tiles and the blocks of a panel; ``between(step, steps)`` follows each step."""
+        x, vectors, left = self.x, weights.vectors, self.cut.high * self.vectors
+        right = left + self.cut.high
+        places = [T.bind(x.place(self.cut.first(tile + i)) + self.group * self.p.inputs) for i in range(high)]
+        for cell in range(high * vectors):
             _amx("tilezero", cell)
 
-        def dots(weights: Callable[[int, int], None]) -> None:
-            for v in range(vectors):
-                register = right + v % (_REGISTERS - right)
-                weights(v, register)
-                for i in range(count):
-                    _amx(self.dot, i * vectors + v, left + i, register)
+        def add(load_rows: Callable[[int, int], None], load_weights: Callable[[int, int], None]) -> None:
+            for i in range(high):
+                load_rows(left + i, i)
+            # As many blocks at once as there are registers for.
+            turn = _REGISTERS - right
+            for first in range(0, vectors, turn):
+                blocks = range(first, min(first + turn, vectors))
+                for v in blocks:
+                    load_weights(right + v - first, v)
+                for v in blocks:
+                    for i in range(high):
+                        _amx(self.dot, i * vectors + v, left + i, right + v - first)
 
+        steps = self.steps + (self.tail > 0)
         with x.taps() as (tap, far):
             with T.serial(0, self.steps) as k:
-                for i, place in enumerate(places):
-                    _load(left + i, x.buffer, place + far + k * (self.step_words * QUAD), x.step)
-                dots(lambda v, r: _load(r, self.source, self.at(block + v, tap, k * self.step_words), self.step))
-            if self.tail:
-                for i, place in enumerate(places):
-                    _load(left + i, self._tail_of_rows(place + far + self.steps * _BYTES), 0, _BYTES)
-                first = T.bind((block - self.tails_first * self.vectors) * self.taps)
-                dots(lambda v, r: _load(r, self.tails, (first + v * self.taps + tap) * (_WORDS * _BYTES), _BYTES))
-        for i in range(count):
-            for v in range(vectors):
-                at = into + (i * _ROWS * vectors + v) * BLOCK
-                _amx(
-                    "tilestored64",
-                    i * vectors + v,
-                    T.address_of(self.scratch[at]),
-                    T.int64(vectors * _BYTES),
+                word = k * self.step_words
+                add(
+                    lambda register, i: _load(register, x.buffer, places[i] + far + word * QUAD, x.step),
+                    lambda register, v: weights.load(register, block + v, tap, word),
                 )
+                between(tap * steps + k, self.taps * steps)
+            if self.tail:
+                ends = [self._filled_up(place + far + self.steps * _BYTES) for place in places]
+                add(
+                    lambda register, i: _load(register, ends[i], 0, _BYTES),
+                    lambda register, v: weights.load_tail(register, block + v, tap),
+                )
+                between(tap * steps + self.steps, self.taps * steps)
+        for i in range(high):
+            for v in range(vectors):
+                at = T.address_of(self.scratch[(i * _ROWS * vectors + v) * BLOCK])
+                _amx("tilestored64", i * vectors + v, at, T.int64(vectors * _BYTES))
 
-    def _finish(
-        self, tile: Index, block: Index, at: Index, count: int, vectors: int, columns: int
-    ) -> None:
-        """Hand a block of sums to the epilogue."""
-        starts = [self.grid.first(tile + i) for i in range(count)]
-        column = T.bind(block * BLOCK)
-        for i, start in enumerate(starts):
-            with T.serial(0, self.grid.rows) as r:
-                for v in range(vectors):
-                    valid = min(BLOCK, columns - v * BLOCK)
-                    total = load(self.scratch, at + ((i * _ROWS + r) * vectors + v) * BLOCK, BLOCK)
-                    if self.sums is not None:
-                        total = T.bind(total + load(self.sums, column - self.first_column + v * BLOCK, BLOCK))
-                    self.epilogue(start + r, self.group * self.p.columns + column + v * BLOCK, valid, total)
+    def _finisher(
+        self, tile: Index, high: int, block: Index, vectors: int, last: int
+    ) -> Callable[[Index, Index], None]:
+        """What hands the rows from one to before another of each tile to the epilogue."""
+        firsts = [self.cut.first(tile + i) for i in range(high)]
+        column = T.bind(self.group * self.p.columns + block * BLOCK)
 
-    def _tail_of_weights(self, first: Index, count: Index, vectors: int) -> Buffer:
-        """The last words of each tap, filled up with zeros to a register."""
-        tails = T.alloc_buffer((self.span * vectors * self.taps * _WORDS * _BYTES,), "int8")
-        with T.serial(0, count * vectors) as v, T.serial(0, self.taps) as tap:
-            at = T.bind((v * self.taps + tap) * (_WORDS * _BYTES))
-            with T.serial(0, self.tail) as k:
-                word = load(self.source, self.at(first * self.vectors + v, tap, self.steps * _WORDS + k), _BYTES)
-                store(tails, at + k * _BYTES, word, _BYTES)
-            with T.serial(0, _WORDS - self.tail) as k:
-                store(tails, at + (self.tail + k) * _BYTES, fill(T.int8(0), _BYTES), _BYTES)
-        return tails
+        def finish(start: Index, end: Index) -> None:
+            with T.serial(start, end) as r:
+                for i, first in enumerate(firsts):
+                    for v in range(vectors):
+                        total = load(self.scratch, ((i * _ROWS + r) * vectors + v) * BLOCK, BLOCK)
+                        if self.starts is not None:
+                            total = T.bind(total + load(self.starts, self._start(block + v), BLOCK))
+                        valid = last if v == vectors - 1 else BLOCK
+                        self.epilogue(first + r, column + v * BLOCK, valid, total)
 
-    def _tail_of_rows(self, place: Index) -> Buffer:
-        """The last words of each row, filled up with zeros to a register."""
+        return finish
+
+    def _filled_up(self, place: Index) -> Buffer:
+        """The last words of each row of a tile, filled up with zeros."""
         dtype, size = self.x.buffer.dtype, self.tail * QUAD
         ends = T.alloc_buffer((_ROWS * _BYTES,), dtype)
-        with T.serial(0, self.grid.rows) as r:
+        with T.serial(0, self.cut.rows) as r:
             store(ends, r * _BYTES, fill(T.cast(0, dtype), _BYTES), _BYTES)
             store(ends, r * _BYTES, load(self.x.buffer, place + r * self.x.step, size), size)
         return ends
+
+
+class _Weights:
+    """The weights of ``count`` panels of ``vectors`` blocks of 16 columns, from block ``first`` on."""
+
+    def __init__(self, task: _Task, first: Index, count: Index, vectors: int) -> None:
+        self.task, self.first, self.vectors = task, first, vectors
+        self.buffer, self.step, bits = task.weights, _BYTES, task.p.bits
+        self.narrowed = None
+        if bits < 8:
+            self.buffer, self.narrowed = narrowed_panel(
+                task.isa,
+                task.weights,
+                lambda v, tap, k: self._packed(first + v, tap, k),
+                task.taps,
+                task.words,
+                vectors,
+                bits,
+            )
+            self.step = _BYTES * vectors
+        if task.tail:
+            self.tails = self._tails(count)
+
+    def _packed(self, block: Index, tap: Index, k: Index) -> Index:
+        task = self.task
+        return task.base + (block * task.taps + tap) * task.tap_bytes + k * _BYTES
+
+    def at(self, block: Index, tap: Index, k: Index) -> Index:
+        """Where word ``k`` of a block's tap lies."""
+        return self.narrowed(block - self.first, tap, k) if self.narrowed else self._packed(block, tap, k)
+
+    def load(self, register: int, block: Index, tap: Index, k: Index) -> None:
+        """A step's words from word ``k`` on."""
+        _load(register, self.buffer, self.at(block, tap, k), self.step)
+
+    def load_tail(self, register: int, block: Index, tap: Index) -> None:
+        """The last words, and zeros."""
+        _load(register, self.tails, self._tail(block - self.first, tap), _BYTES)
+
+    def sums(self, block: Index) -> list[Buffer]:
+        """Of the columns of each block of a panel that begins with ``block``."""
+        task = self.task
+        place = lambda v, tap, k: self.at(block + v, tap, k)  # noqa: E731
+        return weight_sums(task.isa, self.buffer, place, task.taps, task.words, self.vectors, 8)
+
+    def _tail(self, block: Index, tap: Index) -> Index:
+        return (block * self.task.taps + tap) * (_WORDS * _BYTES)
+
+    def _tails(self, count: Index) -> Buffer:
+        task = self.task
+        tails = T.alloc_buffer((task.span * self.vectors * task.taps * _WORDS * _BYTES,), "int8")
+        with T.serial(0, count * self.vectors) as block, T.serial(0, task.taps) as tap:
+            start = T.bind(self._tail(block, tap))
+            with T.serial(0, task.tail) as k:
+                word = load(self.buffer, self.at(self.first + block, tap, task.steps * _WORDS + k), _BYTES)
+                store(tails, start + k * _BYTES, word, _BYTES)
+            with T.serial(0, _WORDS - task.tail) as k:
+                store(tails, start + (task.tail + k) * _BYTES, fill(T.int8(0), _BYTES), _BYTES)
+        return tails

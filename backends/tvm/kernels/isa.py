@@ -6,7 +6,7 @@ outputs, and its four sums are those of a 2 x 2 tile, row by row. All else is th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import tvm
@@ -18,6 +18,7 @@ from t3c_compile.passes.ops.nested import WEIGHT_QMAX
 
 QUAD = 4  # int8 values a lane
 BLOCK = 16  # outputs a packed weight block
+_LEAST_ROWS = 4  # from which on AMX was measured to be no slower
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Isa:
     takes the units that ``dot`` does.
     ``panel``: vectors side by side in a tile that is not tuned.
     ``narrow``: set where the weights have fewer bits and are multiplied so, see :func:`for_weights`.
-    ``matrices``: the unit of AMX multiplies whole matrices of these words, see ``gemm_amx.py``; all else is AVX512's.
+    ``matrices``: AMX multiplies whole matrices of such words, signed or not, see ``gemm_amx.py``; all else is AVX512's.
     """
 
     name: str
@@ -170,11 +171,23 @@ _ISAS = {
 _NARROW = {"avx2": Isa("avx2", 8, 6, True, _avx2_narrow_dot, panel=2, narrow=Narrow(_avx2_pairs, _avx2_widened))}
 
 
+def for_rows(isa: Isa, rows: int | None) -> Isa:
+    """The instruction set to multiply ``rows`` (None: not known) with: ``isa``, or AVX512's where they are too few for
+    AMX, which loads all of a matrix of weights before it multiplies."""
+    return _ISAS["avx512vnni"] if isa.matrices and rows is not None and rows < _LEAST_ROWS else isa
+
+
 def for_weights(isa: Isa, bits: int, rows: int | None) -> Isa:
     """The instruction set to multiply many (or unknown) ``rows`` with weights of ``bits``: ``isa`` or one of its own,
     which has activations in another form."""
     few = rows is not None and rows <= isa.registers
-    return isa if bits == 8 or few else _NARROW.get(isa.name, isa)
+    return for_rows(isa, rows) if bits == 8 or few else _NARROW.get(isa.name, for_rows(isa, rows))
+
+
+def for_middle(isa: Isa) -> Isa:
+    """The instruction set for the symmetric numbers between a chain's products: signed where AMX multiplies them, which
+    leaves nothing to take away from the sums."""
+    return replace(isa, unsigned=False) if isa.matrices else isa
 
 
 def by_lane(isa: Isa) -> Isa:

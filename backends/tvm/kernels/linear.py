@@ -9,9 +9,10 @@ from tvm.tirx.script.builder import ir as T
 from t3c_compile.backends.tvm.kernels.emit import prim_func, static
 from t3c_compile.backends.tvm.kernels.epilogues import chain_end, dense, middle
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.gemm import Product, multiply, prepare_rows, scratch_rows, tile_for
-from t3c_compile.backends.tvm.kernels.isa import Isa, for_weights
+from t3c_compile.backends.tvm.kernels.gemm import multiply, tile_for
+from t3c_compile.backends.tvm.kernels.isa import Isa, for_middle, for_weights
 from t3c_compile.backends.tvm.kernels.pack import words_of_matrix
+from t3c_compile.backends.tvm.kernels.product import Product, prepare_rows, scratch_rows
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 
 
@@ -81,10 +82,11 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         isa = for_weights(isa, s.bits, static(rows))
         to_h, zero_point, h_scale = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32")), T.bind(numbers[2])
         writer = Writer(s.finish, ends)
-        activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(isa, rows, s.rank)
+        between = for_middle(isa)
+        activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(between, rows, s.rank)
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
         tile = tile_for(isa, tiles, 0, s.lead, s.rank)
-        multiply(isa, first, activations, v, middle(isa, h.buffer, h.place, s.rank, mid_scale, to_h), tile)
+        multiply(isa, first, activations, v, middle(between, h.buffer, h.place, s.rank, mid_scale, to_h), tile)
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
         tile = tile_for(isa, tiles, 1, s.lead, s.outputs)
         multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile)

@@ -22,7 +22,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
 )
 from t3c_compile.backends.tvm.kernels.finish import quantized_int32
-from t3c_compile.backends.tvm.kernels.gemm import Rows, as_read, row_stride
+from t3c_compile.backends.tvm.kernels.product import Rows, as_read, row_stride
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
 # Bytes past the end that the last word or vector of channels may read.
@@ -116,9 +116,8 @@ class Images:
         def shift(ky: Index, kx: Index) -> Index:
             return (ky * (w.dilation[0] * self._size[1]) + kx * w.dilation[1]) * stride
 
-        if self._size == w.out:
-            return Rows(self.buffer, place, stride, None, w.kernel, shift)
-        return Rows(self.buffer, place, w.stride[1] * stride, w.out[1], w.kernel, shift)
+        step, run = (stride, None) if self._size == w.out else (w.stride[1] * stride, w.out[1])
+        return Rows(self.buffer, place, step, run, w.kernel, w.dilation[1] * stride, shift)
 
     def read(self, x: Buffer) -> None:
         """Take ``x`` [batch, H, W, channels], int8 or uint8 with 128 added: as it lies, or copied and padded."""

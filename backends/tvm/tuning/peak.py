@@ -6,7 +6,7 @@ import tvm
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.emit import accumulators, fill, load, prim_func, store
-from t3c_compile.backends.tvm.kernels.gemm import row_words
+from t3c_compile.backends.tvm.kernels.gemm_vector import row_words
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 
 _STEPS, _WORDS = 1 << 14, 16

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from t3c_compile.backends.tvm.kernels.emit import CHUNK_ROWS, ceil_div
-from t3c_compile.backends.tvm.kernels.gemm import SPARE_ROWS, whole_rows
+from t3c_compile.backends.tvm.kernels.gemm_vector import whole_rows
 from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.product import SPARE_ROWS
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _LATENCY = 4  # cycles before a dot product's sum can be added to

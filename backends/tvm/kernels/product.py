@@ -1,0 +1,161 @@
+"""What an int8 product multiplies: rows of activations, and weights in the ``words`` layout.
+
+Activations lie row-major as int8 (or uint8 with 128 added, where the dot product wants it). Because they carry an
+offset, sums start from ``-offset * sum(weights)``, summed once per panel by the same dot instruction: that holds for any
+rank prefix and any width, and needs nothing stored.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from t3c_compile.backends.tvm.kernels.emit import (
+    Buffer,
+    Index,
+    accumulators,
+    ceil_div,
+    chunks,
+    fill,
+    for_each,
+    load,
+    product,
+    store,
+    top_bits,
+    vec,
+)
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
+
+# store(row, column, valid lanes, int32 sums)
+Epilogue = Callable[[Index, Index, int, Expr], None]
+# place(register, tap, word): where a register of weights lies
+Place = Callable[[int, Index, Index], Index]
+
+SPARE_ROWS = 16  # rows past the end that a tile may read
+
+
+@dataclass(frozen=True)
+class Product:
+    """``rows x columns`` over ``inputs``; ``stored_inputs`` is the packed buffer's full reduction length.
+
+    With ``groups``, ``columns`` and ``inputs`` are those of a group, and groups lie one after the other.
+    """
+
+    rows: Index
+    columns: int
+    inputs: int
+    stored_inputs: int
+    zero_point: Index
+    bits: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the activations of a product's rows lie in ``buffer``, in the form the dot product reads.
+
+    A row begins at element ``place(row)``, and rows of one ``run`` (of all, where it is None) lie ``step`` elements
+    apart; of a convolution's row, tap (ky, kx) of ``kernel`` lies ``shift(ky, kx)`` further, and neighbours along kx
+    ``tap_step`` elements apart. A row past the last one may be asked for, too.
+    """
+
+    buffer: Buffer
+    place: Callable[[Index], Index]
+    step: int
+    run: int | None = None
+    kernel: tuple[int, int] = (1, 1)
+    tap_step: int = 0
+    shift: Callable[[Index, Index], Index] = lambda ky, kx: 0
+
+    @contextmanager
+    def taps(self) -> Iterator[tuple[Index, Index]]:
+        """Loop over the window: (tap number, how far it lies)."""
+        if self.kernel == (1, 1):
+            yield 0, 0
+            return
+        with T.serial(0, self.kernel[0]) as ky, T.serial(0, self.kernel[1]) as kx:
+            yield T.bind(ky * self.kernel[1] + kx), T.bind(self.shift(ky, kx))
+
+
+def row_stride(inputs: int) -> int:
+    """Bytes a row of prepared activations: whole words."""
+    return ceil_div(inputs, BLOCK) * BLOCK
+
+
+def as_read(isa: Isa, value: Expr, dtype: str, n: int) -> Expr:
+    """``n`` activations of ``dtype``, int8 or uint8 with 128 added, as ``isa`` reads them."""
+    if dtype == isa.activation_dtype:
+        return value
+    return T.reinterpret(vec(isa.activation_dtype, n), value) ^ fill(T.cast(128, isa.activation_dtype), n)
+
+
+def prepare_rows(isa: Isa, x: Buffer, rows: Index, inputs: int) -> Rows:
+    """int8 ``x`` [rows, inputs] in the form ``multiply`` reads: copied, or as it lies."""
+    if isa.matrices and inputs % QUAD == 0:
+        return Rows(x, lambda row: row * inputs, inputs)
+    stride, lanes = row_stride(inputs), isa.lanes * QUAD
+    prepared = scratch_rows(isa, rows, inputs)
+
+    @for_each(rows, product((rows, inputs)))
+    def _(row: Index) -> None:
+        def copy(i: Index, n: int) -> None:
+            store(prepared.buffer, row * stride + i, as_read(isa, load(x, row * inputs + i, n), "int8", n), n)
+
+        chunks(inputs, lanes, copy)
+        if inputs % isa.word:
+            with T.serial(0, isa.word - inputs % isa.word) as i:
+                T.buffer_store(prepared.buffer, T.cast(0, isa.activation_dtype), [row * stride + inputs + i])
+
+    return prepared
+
+
+def scratch_rows(isa: Isa, rows: Index, inputs: int) -> Rows:
+    """Scratch for ``rows`` of ``inputs`` activations, ``row_stride(inputs)`` elements each."""
+    stride = row_stride(inputs)
+    return Rows(T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype), lambda row: row * stride, stride)
+
+
+def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:
+    """A vector of weight words at byte ``index``, rounded to ``bits``."""
+    lanes = isa.lanes * QUAD
+    return T.bind(top_bits(load(weights, index, lanes), bits, lanes))
+
+
+def spread_word(isa: Isa, buffer: Buffer, index: Index) -> Expr:
+    """The four bytes at ``index`` in every lane."""
+    word = T.reinterpret("int32", load(buffer, index, QUAD))
+    return T.reinterpret(vec(buffer.dtype, isa.lanes * QUAD), T.broadcast(word, isa.lanes))
+
+
+def narrowed_panel(
+    isa: Isa, weights: Buffer, at: Place, taps: int, words: int, count: int, bits: int
+) -> tuple[Buffer, Place]:
+    """The ``count`` registers of weights at each word, rounded to ``bits``, in scratch; ``isa.narrow`` takes them as
+    whole numbers of that width."""
+    size = isa.lanes * QUAD
+    panel = T.alloc_buffer((taps * words * count * size,), "int8")
+
+    def place(register: int, tap: Index, k: Index) -> Index:
+        return ((tap * words + k) * count + register) * size
+
+    with T.serial(0, taps) as tap, T.serial(0, words) as k:
+        for v in range(count):
+            word = weight_words(isa, weights, at(v, tap, k), bits)
+            store(panel, place(v, tap, k), word >> fill(T.int8(8 - bits), size) if isa.narrow else word, size)
+    return panel, place
+
+
+def weight_sums(isa: Isa, weights: Buffer, at: Place, taps: int, words: int, count: int, bits: int) -> list[Buffer]:
+    """Sums of the weight words ``at(register, tap, word)``, one small int32 buffer a register."""
+    lanes = isa.lanes
+    sums = accumulators(1, count, lanes, "int32")[0]
+    ones = fill(T.cast(1, isa.activation_dtype), lanes * QUAD)
+    for total in sums:
+        store(total, 0, fill(T.int32(0), lanes), lanes)
+    with T.serial(0, taps) as tap, T.serial(0, words) as k:
+        for v, total in enumerate(sums):
+            word = weight_words(isa, weights, at(v, tap, k), bits)
+            store(total, 0, isa.dot(load(total, 0, lanes), ones, word), lanes)
+    return sums
