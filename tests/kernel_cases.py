@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from t3c_compile.backends.targets import Target
+    from t3c_compile.backends.tvm.kernels.isa import Isa
 
 Array = NDArray[np.generic]
 
@@ -65,12 +66,12 @@ def run_calls(library: Path, calls: Sequence[Call]) -> list[Array]:
     return results
 
 
-def calls_for(cases: Sequence[Case], target_name: str) -> list[Call]:
-    """The calls of ``cases`` as a target's kernels take them."""
+def calls_for(cases: Sequence[Case], target_name: str, isa: "Isa | None" = None) -> list[Call]:
+    """The calls of ``cases`` as a target's kernels take them; ``isa`` in place of its instruction set."""
     from t3c_compile.backends.targets import get_target
     from t3c_compile.backends.tvm.kernels.isa import isa_for
 
-    isa = isa_for(get_target(target_name))
+    isa = isa or isa_for(get_target(target_name))
 
     def call(c: Call) -> Call:
         x, *others = (pack_numpy(a.packing(isa), a.raw) if isinstance(a, Packed) else a for a in c.args)
@@ -171,14 +172,16 @@ def build_cases() -> list[Case]:
     return make.cases
 
 
-def compile_cases(cases: Sequence[Case], target_name: str, path: Path | None = None) -> tvm.runtime.Module:
-    """The kernels of ``cases`` for a target, exported to ``path`` where one is given."""
+def compile_cases(
+    cases: Sequence[Case], target_name: str, path: Path | None = None, isa: "Isa | None" = None
+) -> tvm.runtime.Module:
+    """The kernels of ``cases`` for a target, exported to ``path`` where one is given; ``isa`` as above."""
     from t3c_compile.backends.targets import get_target
     from t3c_compile.backends.tvm.build import link
     from t3c_compile.backends.tvm.kernels.isa import isa_for
 
     target = get_target(target_name)
-    isa = isa_for(target)
+    isa = isa or isa_for(target)
     functions = {c.call.name: c.kernel(isa).with_attr("global_symbol", c.call.name) for c in cases}  # type: ignore[attr-defined]
     module = compile_module(functions, target)
     if path is not None:

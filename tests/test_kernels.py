@@ -30,8 +30,8 @@ from t3c_compile.passes.ops import DEPLOYMENT_OPS
 CASES = build_cases()
 # A host that is no better than AVX2 is tested once.
 HOST_TARGETS = ("x86_64",) if get_target("x86_64").simd == "avx2" else ("x86_64", "x86_64-v3")
-# AVX-VNNI differs from AVX512-VNNI in its width alone: a part of the cases, where the processor has it.
-AVXVNNI = get_target("x86_64-avxvnni")
+# The other levels with dot products: a part of the cases, where the processor has them.
+BETWEEN = [name for name in ("x86_64-avxvnni", "x86_64-vnni") if get_target(name).simd != get_target("x86_64").simd]
 
 
 def assert_equal(case: Case, result: Array) -> None:
@@ -51,11 +51,11 @@ def test_kernel_equals_reference(case: Case, results: dict[str, Array]) -> None:
     assert_equal(case, results[case.call.name])
 
 
-@pytest.mark.skipif(not cpu.features().issuperset(AVXVNNI.features), reason="this processor has no AVX-VNNI")
-def test_kernels_on_avx_vnni(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in BETWEEN if cpu.features().issuperset(get_target(name).features)])
+def test_kernels_on_levels_below(name: str, tmp_path: Path) -> None:
     chosen = CASES[::3]
-    compile_cases(chosen, AVXVNNI.name, tmp_path / "kernels.so")
-    for case, result in zip(chosen, run_calls(tmp_path / "kernels.so", calls_for(chosen, AVXVNNI.name)), strict=True):
+    compile_cases(chosen, name, tmp_path / "kernels.so")
+    for case, result in zip(chosen, run_calls(tmp_path / "kernels.so", calls_for(chosen, name)), strict=True):
         assert_equal(case, result)
 
 
@@ -128,7 +128,7 @@ def test_sdot_takes_activations_by_lane() -> None:
 
 
 def test_host_uses_vnni_where_it_has_it() -> None:
-    if get_target("x86_64").simd != "avx512vnni":
+    if get_target("x86_64").simd not in ("amx", "avx512vnni"):
         pytest.skip("this host has no AVX512-VNNI")
     case = next(c for c in CASES if c.call.name.startswith("int8_linear"))
     assert "vpdpbusd" in compile_cases([case], "x86_64").inspect_source("asm")

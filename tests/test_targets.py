@@ -37,7 +37,7 @@ from t3c_compile.profile import ProfileSet
 from t3c_compile.snapping import snap
 from t3c_compile.transforming import transform
 
-CPUS = ("x86_64-v3", "x86_64-avxvnni", "x86_64-v4", "x86_64-vnni")
+CPUS = ("x86_64-v3", "x86_64-avxvnni", "x86_64-v4", "x86_64-vnni", "x86_64-amx")
 CPUS += ("arm64", "cortex-a55", "cortex-a76", "cortex-x1", "neoverse-n1", "neoverse-v2")
 ACCELERATORS = ("jetson-orin", "a100", "h100", "h200", "ethos-u55-128", "ethos-u55-256")
 ACCELERATORS += ("ethos-u65-256", "ethos-u65-512", "ethos-u85-256", "ethos-u85-1024")
@@ -88,7 +88,12 @@ def test_what_ships() -> None:
         assert target.memory_bytes > 1e6
         if target.kind == "cpu":
             assert isa_for(target).name == target.simd
-            needed = {"avx512vnni": {"avx512_vnni"}, "avxvnni": {"avx_vnni"}, "avx2": {"avx2", "fma"}}
+            needed = {
+                "amx": {"amx_int8"},
+                "avx512vnni": {"avx512_vnni"},
+                "avxvnni": {"avx_vnni"},
+                "avx2": {"avx2", "fma"},
+            }
             needed |= {"i8mm": {"i8mm"}, "dotprod": {"asimddp"}, "neon": {"asimd"}}
             assert needed[target.simd] <= set(target.features)
         else:
@@ -130,7 +135,7 @@ def test_targets_are_listed_without_torch_and_tvm(own: Path) -> None:
         (
             '"dotprod"',
             '"sse2"',
-            r"\[my-board\]: simd: 'sse2' is not one of avx512vnni, avxvnni, avx2, i8mm, dotprod, neon",
+            r"\[my-board\]: simd: 'sse2' is not one of amx, avx512vnni, avxvnni, avx2, i8mm, dotprod, neon",
         ),
         ('mcpu = "cortex-a78", ', "", r"\[my-board\]: tvm: mcpu is missing"),
         (

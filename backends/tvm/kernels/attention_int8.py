@@ -23,8 +23,8 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.floats import tile_shape
-from t3c_compile.backends.tvm.kernels.product import spread_word
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
+from t3c_compile.backends.tvm.kernels.product import spread_word
 from t3c_compile.backends.tvm.kernels.rows import join_lanes, to_whole, whole_numbers
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM, MOST, STEP
 

@@ -19,8 +19,8 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
     when,
 )
-from t3c_compile.backends.tvm.kernels.product import Epilogue, Rows
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, Isa
+from t3c_compile.backends.tvm.kernels.product import Epilogue, Rows
 
 _PIXELS = 8  # a tile, for which a tap's weights are read once
 

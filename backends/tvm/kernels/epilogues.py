@@ -16,8 +16,8 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.finish import Writer, bounded_int32, narrowed
-from t3c_compile.backends.tvm.kernels.product import Epilogue
 from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.product import Epilogue
 
 
 def dense(isa: Isa, writer: Writer, outputs: int, x_scale: Expr, scale: Buffer, bias: Buffer | None) -> Epilogue:

@@ -7,11 +7,13 @@ is AVX512's: it works on the block before while the unit multiplies.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
-from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.kernels import amx
+from t3c_compile.backends.tvm.kernels.amx import BYTES, REGISTERS, ROWS, WORDS
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
@@ -30,10 +32,6 @@ from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
 from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, narrowed_panel, weight_sums
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
-_ROWS = 16  # of a tile register
-_BYTES = 64  # of a row of one
-_WORDS = _BYTES // QUAD
-_REGISTERS = 8
 _TASKS = 8  # into which a product is cut at least, so that it divides well between threads
 _CHUNK_ROWS = 512  # of a task, where there are more than twice as many
 
@@ -41,9 +39,9 @@ _CHUNK_ROWS = 512  # of a task, where there are more than twice as many
 def default_tile(lead: Sequence[int | str]) -> Tile:
     """The tile of a product that was not tuned, as :func:`gemm.default_tile` says."""
     rows = prod(size_at(size, {}) for size in lead)
-    tiles = ceil_div(rows, _ROWS)
+    tiles = ceil_div(rows, ROWS)
     if tiles == 1:
-        return Tile(rows if all(isinstance(size, int) for size in lead) else _ROWS, 4, rows)
+        return Tile(rows if all(isinstance(size, int) for size in lead) else ROWS, 4, rows)
     # Two by two, all of one height.
     height = ceil_div(rows, tiles + tiles % 2)
     return Tile(2 * height, 2, rows if rows <= 2 * _CHUNK_ROWS else _CHUNK_ROWS)
@@ -51,8 +49,13 @@ def default_tile(lead: Sequence[int | str]) -> Tile:
 
 def fits(tile: Tile) -> bool:
     """Whether the registers hold the sums of ``tile``, its rows and a register of weights."""
-    high = ceil_div(tile.rows, _ROWS)
-    return high * tile.vectors + high < _REGISTERS
+    high = ceil_div(tile.rows, ROWS)
+    return high * tile.vectors + high < REGISTERS
+
+
+def spans(panels: int, parts: int) -> int:
+    """Into how many spans ``panels`` are cut at most, where rows are in ``parts``."""
+    return min(panels, ceil_div(_TASKS, parts))
 
 
 def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
@@ -60,17 +63,17 @@ def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue,
     p, x = _joined(p, x)
     cut = _cut(p, x, tile)
     width = tile.vectors * BLOCK
-    panels, share = ceil_div(p.columns, width), max(1, tile.chunk // _ROWS)
+    panels, share = ceil_div(p.columns, width), ceil_div(tile.chunk, cut.high * ROWS) * cut.high
     # One at least: TVM folds what even a branch never taken divides by.
     parts = ceil_div(cut.tiles, share) if static(p.rows) is not None else T.max(ceil_div(cut.tiles, share), 1)
     # Weights that are rounded are kept for one panel.
-    span = 1 if p.bits < 8 else ceil_div(panels, ceil_div(_TASKS, min(static(parts) or 1, _TASKS)))
-    spans = ceil_div(panels, span)
+    span = 1 if p.bits < 8 else ceil_div(panels, spans(panels, static(parts) or 1))
+    across = ceil_div(panels, span)
 
-    @for_each(p.groups * spans * parts, product((p.groups, p.rows, p.columns, p.inputs, *x.kernel)))
+    @for_each(p.groups * across * parts, product((p.groups, p.rows, p.columns, p.inputs, *x.kernel)))
     def _(task: Index) -> None:
-        group, part = T.bind(task // (spans * parts)), T.bind(task // spans % parts)
-        first, tiles = T.bind(task % spans * span), T.bind(part * share)
+        group, part = T.bind(task // (across * parts)), T.bind(task // across % parts)
+        first, tiles = T.bind(task % across * span), T.bind(part * share)
         task_ = _Task(isa, p, x, weights, epilogue, tile.vectors, cut, group, first, span)
         task_.emit((tiles, T.bind(T.min(tiles + share, cut.tiles))), T.bind(T.min(first + span, panels)))
 
@@ -89,20 +92,23 @@ class _Cut:
 
 
 def _cut(p: Product, x: Rows, tile: Tile) -> _Cut:
-    high, count = ceil_div(tile.rows, _ROWS), static(p.rows)
+    high, count = ceil_div(tile.rows, ROWS), static(p.rows)
     if x.run is not None:
-        run, in_run = x.run, ceil_div(x.run, _ROWS)
-        height = ceil_div(run, in_run)
-        return _Cut(
-            p.rows // run * in_run,
-            height,
-            high,
-            lambda tile: T.bind(tile // in_run * run + T.min(tile % in_run * height, run - height)),
-        )
-    most = ceil_div(tile.rows, high)
-    rows = min(count, most) if count is not None else T.bind(T.cast(T.min(p.rows, most), "int64"))
-    tiles = ceil_div(p.rows, rows)
-    return _Cut(tiles, rows, high, lambda tile: T.bind(T.min(tile * rows, p.rows - rows)))
+        run, in_run = x.run, ceil_div(x.run, ROWS)
+        rows: Index = ceil_div(run, in_run)
+        tiles: Index = p.rows // run * in_run
+
+        def first(tile: Index) -> Index:
+            return T.bind(tile // in_run * run + T.min(tile % in_run * rows, run - rows))
+    else:
+        most = ceil_div(tile.rows, high)
+        rows = min(count, most) if count is not None else T.bind(T.cast(T.min(p.rows, most), "int64"))
+        tiles = ceil_div(p.rows, rows)
+
+        def first(tile: Index) -> Index:
+            return T.bind(T.min(tile * rows, p.rows - rows))
+
+    return _Cut(tiles, rows, high if count is None else min(high, tiles), first)
 
 
 def _joined(p: Product, x: Rows) -> tuple[Product, Rows]:
@@ -112,29 +118,6 @@ def _joined(p: Product, x: Rows) -> tuple[Product, Rows]:
         return p, x
     inputs *= x.kernel[1]
     return replace(p, inputs=inputs, stored_inputs=inputs), replace(x, kernel=(x.kernel[0], 1))
-
-
-def _amx(name: str, *arguments: Expr | int) -> None:
-    """One instruction; a plain int is the number of a tile register."""
-    given = [T.int8(a) if isinstance(a, int) else a for a in arguments]
-    T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *given))
-
-
-def _load(register: int, buffer: Buffer, at: Index, step: int) -> None:
-    _amx("tileloadd64", register, T.address_of(buffer[at]), T.int64(step))
-
-
-def _configure(rows: Index, words: int, sums: int, left: int) -> None:
-    """Shape the registers: ``sums`` of sums, ``left`` of activations, the rest of weights, ``words`` of either."""
-    config = T.alloc_buffer((64,), "uint8")
-    store(config, 0, fill(T.uint8(0), 64), 64)
-    T.buffer_store(config, T.uint8(1), [0])
-    for register in range(_REGISTERS):
-        activations = sums <= register < sums + left
-        T.buffer_store(config, T.uint8(words * QUAD if activations else _BYTES), [16 + 2 * register])
-        height = T.cast(rows, "uint8") if register < sums + left else T.uint8(words)
-        T.buffer_store(config, height, [48 + register])
-    _amx("ldtilecfg", T.address_of(config[0]))
 
 
 class _Task:
@@ -156,22 +139,21 @@ class _Task:
         self.isa, self.p, self.x, self.epilogue, self.cut, self.group = isa, p, x, epilogue, cut, group
         self.weights, self.vectors, self.panel, self.span = weights, vectors, panel, span
         self.taps, self.words = x.kernel[0] * x.kernel[1], ceil_div(p.inputs, QUAD)
-        self.tap_bytes = ceil_div(p.stored_inputs, QUAD) * _BYTES
+        self.tap_bytes = ceil_div(p.stored_inputs, QUAD) * BYTES
         # Packed weights start a new block for each group.
         self.base = T.bind(group * (ceil_div(p.columns, BLOCK) * self.taps * self.tap_bytes)) if p.groups > 1 else 0
-        signed = x.buffer.dtype == "int8"
-        self.dot, self.offset = "tdpbssd" if signed else "tdpbusd", p.zero_point + (0 if signed else isa.offset)
+        self.offset = p.zero_point + (0 if x.buffer.dtype == "int8" else isa.offset)
         # Steps of one size; else whole ones, and a last one that zeros fill up.
-        steps = ceil_div(self.words, _WORDS)
+        steps = ceil_div(self.words, WORDS)
         even = self.words % steps == 0
-        self.step_words = self.words // steps if even else _WORDS
+        self.step_words = self.words // steps if even else WORDS
         self.steps, self.tail = divmod(self.words, self.step_words)
 
     def emit(self, tiles: tuple[Index, Index], end: Index) -> None:
         """Panels before ``end`` times the tiles from the first to before the second."""
         high, (whole, rest) = self.cut.high, divmod(self.p.columns, self.vectors * BLOCK)
-        _configure(self.cut.rows, self.step_words, high * self.vectors, high)
-        self.scratch = T.alloc_buffer((high * _ROWS * self.vectors * BLOCK,), "int32")
+        amx.configure(self.cut.rows, self.step_words, high * self.vectors, high)
+        self.scratch = T.alloc_buffer((high * ROWS * self.vectors * BLOCK,), "int32")
         starts = self.span * self.vectors * BLOCK
         self.starts = T.alloc_buffer((starts,), "int32") if static(self.offset) != 0 else None
         if whole:
@@ -179,7 +161,7 @@ class _Task:
         if rest:
             vectors, last = ceil_div(rest, BLOCK), rest % BLOCK or BLOCK
             when(end > whole, lambda: self._panels(tiles, whole, 1, vectors, last))
-        _amx("tilerelease")
+        amx.instruction("tilerelease")
 
     def _panels(self, tiles: tuple[Index, Index], panel: Index, count: Index, vectors: int, last: int) -> None:
         """``count`` panels of ``vectors`` blocks of columns, of the last of which ``last`` columns are there."""
@@ -227,7 +209,7 @@ class _Task:
         high, total = self.cut.high, tiles[1] - tiles[0]
         sweep(tiles[0], T.bind(total // high), high)
         for left in range(1, high):
-            when(total % high == left, lambda left=left: sweep(tiles[1] - left, 1, left))
+            when(total % high == left, partial(sweep, tiles[1] - left, 1, left))
 
     def _start(self, block: Index) -> Index:
         return (block - self.panel * self.vectors) * BLOCK
@@ -240,41 +222,40 @@ class _Task:
         right = left + self.cut.high
         places = [T.bind(x.place(self.cut.first(tile + i)) + self.group * self.p.inputs) for i in range(high)]
         for cell in range(high * vectors):
-            _amx("tilezero", cell)
+            amx.instruction("tilezero", cell)
 
         def add(load_rows: Callable[[int, int], None], load_weights: Callable[[int, int], None]) -> None:
             for i in range(high):
                 load_rows(left + i, i)
             # As many blocks at once as there are registers for.
-            turn = _REGISTERS - right
+            turn = REGISTERS - right
             for first in range(0, vectors, turn):
                 blocks = range(first, min(first + turn, vectors))
                 for v in blocks:
                     load_weights(right + v - first, v)
                 for v in blocks:
                     for i in range(high):
-                        _amx(self.dot, i * vectors + v, left + i, right + v - first)
+                        amx.add_products(i * vectors + v, left + i, right + v - first, x.buffer.dtype)
 
         steps = self.steps + (self.tail > 0)
         with x.taps() as (tap, far):
             with T.serial(0, self.steps) as k:
                 word = k * self.step_words
                 add(
-                    lambda register, i: _load(register, x.buffer, places[i] + far + word * QUAD, x.step),
+                    lambda register, i: amx.load(register, x.buffer, places[i] + far + word * QUAD, x.step),
                     lambda register, v: weights.load(register, block + v, tap, word),
                 )
                 between(tap * steps + k, self.taps * steps)
             if self.tail:
-                ends = [self._filled_up(place + far + self.steps * _BYTES) for place in places]
+                ends = [self._filled_up(place + far + self.steps * BYTES) for place in places]
                 add(
-                    lambda register, i: _load(register, ends[i], 0, _BYTES),
+                    lambda register, i: amx.load(register, ends[i], 0, BYTES),
                     lambda register, v: weights.load_tail(register, block + v, tap),
                 )
                 between(tap * steps + self.steps, self.taps * steps)
         for i in range(high):
             for v in range(vectors):
-                at = T.address_of(self.scratch[(i * _ROWS * vectors + v) * BLOCK])
-                _amx("tilestored64", i * vectors + v, at, T.int64(vectors * _BYTES))
+                amx.store_sums(i * vectors + v, self.scratch, (i * ROWS * vectors + v) * BLOCK, vectors * BYTES)
 
     def _finisher(
         self, tile: Index, high: int, block: Index, vectors: int, last: int
@@ -287,7 +268,7 @@ class _Task:
             with T.serial(start, end) as r:
                 for i, first in enumerate(firsts):
                     for v in range(vectors):
-                        total = load(self.scratch, ((i * _ROWS + r) * vectors + v) * BLOCK, BLOCK)
+                        total = load(self.scratch, ((i * ROWS + r) * vectors + v) * BLOCK, BLOCK)
                         if self.starts is not None:
                             total = T.bind(total + load(self.starts, self._start(block + v), BLOCK))
                         valid = last if v == vectors - 1 else BLOCK
@@ -298,10 +279,10 @@ class _Task:
     def _filled_up(self, place: Index) -> Buffer:
         """The last words of each row of a tile, filled up with zeros."""
         dtype, size = self.x.buffer.dtype, self.tail * QUAD
-        ends = T.alloc_buffer((_ROWS * _BYTES,), dtype)
+        ends = T.alloc_buffer((ROWS * BYTES,), dtype)
         with T.serial(0, self.cut.rows) as r:
-            store(ends, r * _BYTES, fill(T.cast(0, dtype), _BYTES), _BYTES)
-            store(ends, r * _BYTES, load(self.x.buffer, place + r * self.x.step, size), size)
+            store(ends, r * BYTES, fill(T.cast(0, dtype), BYTES), BYTES)
+            store(ends, r * BYTES, load(self.x.buffer, place + r * self.x.step, size), size)
         return ends
 
 
@@ -310,7 +291,7 @@ class _Weights:
 
     def __init__(self, task: _Task, first: Index, count: Index, vectors: int) -> None:
         self.task, self.first, self.vectors = task, first, vectors
-        self.buffer, self.step, bits = task.weights, _BYTES, task.p.bits
+        self.buffer, self.step, bits = task.weights, BYTES, task.p.bits
         self.narrowed = None
         if bits < 8:
             self.buffer, self.narrowed = narrowed_panel(
@@ -322,13 +303,13 @@ class _Weights:
                 vectors,
                 bits,
             )
-            self.step = _BYTES * vectors
+            self.step = BYTES * vectors
         if task.tail:
             self.tails = self._tails(count)
 
     def _packed(self, block: Index, tap: Index, k: Index) -> Index:
         task = self.task
-        return task.base + (block * task.taps + tap) * task.tap_bytes + k * _BYTES
+        return task.base + (block * task.taps + tap) * task.tap_bytes + k * BYTES
 
     def at(self, block: Index, tap: Index, k: Index) -> Index:
         """Where word ``k`` of a block's tap lies."""
@@ -336,11 +317,11 @@ class _Weights:
 
     def load(self, register: int, block: Index, tap: Index, k: Index) -> None:
         """A step's words from word ``k`` on."""
-        _load(register, self.buffer, self.at(block, tap, k), self.step)
+        amx.load(register, self.buffer, self.at(block, tap, k), self.step)
 
     def load_tail(self, register: int, block: Index, tap: Index) -> None:
         """The last words, and zeros."""
-        _load(register, self.tails, self._tail(block - self.first, tap), _BYTES)
+        amx.load(register, self.tails, self._tail(block - self.first, tap), BYTES)
 
     def sums(self, block: Index) -> list[Buffer]:
         """Of the columns of each block of a panel that begins with ``block``."""
@@ -349,16 +330,16 @@ class _Weights:
         return weight_sums(task.isa, self.buffer, place, task.taps, task.words, self.vectors, 8)
 
     def _tail(self, block: Index, tap: Index) -> Index:
-        return (block * self.task.taps + tap) * (_WORDS * _BYTES)
+        return (block * self.task.taps + tap) * (WORDS * BYTES)
 
     def _tails(self, count: Index) -> Buffer:
         task = self.task
-        tails = T.alloc_buffer((task.span * self.vectors * task.taps * _WORDS * _BYTES,), "int8")
+        tails = T.alloc_buffer((task.span * self.vectors * task.taps * WORDS * BYTES,), "int8")
         with T.serial(0, count * self.vectors) as block, T.serial(0, task.taps) as tap:
             start = T.bind(self._tail(block, tap))
             with T.serial(0, task.tail) as k:
-                word = load(self.buffer, self.at(self.first + block, tap, task.steps * _WORDS + k), _BYTES)
-                store(tails, start + k * _BYTES, word, _BYTES)
-            with T.serial(0, _WORDS - task.tail) as k:
-                store(tails, start + (task.tail + k) * _BYTES, fill(T.int8(0), _BYTES), _BYTES)
+                word = load(self.buffer, self.at(self.first + block, tap, task.steps * WORDS + k), BYTES)
+                store(tails, start + k * BYTES, word, BYTES)
+            with T.serial(0, WORDS - task.tail) as k:
+                store(tails, start + (task.tail + k) * BYTES, fill(T.int8(0), BYTES), BYTES)
         return tails

@@ -1,8 +1,8 @@
 """What an int8 product multiplies: rows of activations, and weights in the ``words`` layout.
 
 Activations lie row-major as int8 (or uint8 with 128 added, where the dot product wants it). Because they carry an
-offset, sums start from ``-offset * sum(weights)``, summed once per panel by the same dot instruction: that holds for any
-rank prefix and any width, and needs nothing stored.
+offset, sums start from ``-offset * sum(weights)``, summed once per panel by the dot product: that holds for any rank
+prefix and any width, and needs nothing stored.
 """
 
 from collections.abc import Callable, Iterator

@@ -39,9 +39,9 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.product import as_read, row_stride, spread_word, weight_words
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
 from t3c_compile.backends.tvm.kernels.pack import Packing, nibbles_of_matrix, quads_of_matrix
+from t3c_compile.backends.tvm.kernels.product import as_read, row_stride, spread_word, weight_words
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM
 from t3c_compile.passes.ops.weight_only import MOST, STEP
 

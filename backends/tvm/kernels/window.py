@@ -22,8 +22,8 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
 )
 from t3c_compile.backends.tvm.kernels.finish import quantized_int32
-from t3c_compile.backends.tvm.kernels.product import Rows, as_read, row_stride
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
+from t3c_compile.backends.tvm.kernels.product import Rows, as_read, row_stride
 
 # Bytes past the end that the last word or vector of channels may read.
 _SLACK = 64

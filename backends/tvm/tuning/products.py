@@ -7,6 +7,7 @@ wait. It only orders candidates; measuring decides.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from t3c_compile.backends.tvm.kernels import amx, gemm_amx
 from t3c_compile.backends.tvm.kernels.emit import CHUNK_ROWS, ceil_div
 from t3c_compile.backends.tvm.kernels.gemm_vector import whole_rows
 from t3c_compile.backends.tvm.kernels.isa import Isa
@@ -41,7 +42,9 @@ class TiledProduct:
         return self.groups * self.rows * self.columns * self.inputs * self.taps
 
     def fits(self, tile: Tile) -> bool:
-        """Whether a kernel with ``tile`` stays inside its buffers."""
+        """Whether a kernel with ``tile`` stays inside its buffers, and inside registers that have numbers."""
+        if self.isa.matrices:
+            return tile.rows >= 1 and tile.vectors >= 1 and tile.chunk >= 1 and gemm_amx.fits(tile)
         whole = tile.rows == whole_rows(self.isa, tile.rows)
         return whole and 1 <= tile.rows <= SPARE_ROWS and tile.vectors >= 1 and tile.chunk >= 1
 
@@ -53,6 +56,20 @@ class TiledProduct:
         return [tile for cost, *_, tile in ordered if cost <= _WORST * least][:_MOST]
 
     def _tiles(self) -> Iterator[Tile]:
+        return self._of_matrices() if self.isa.matrices else self._of_vectors()
+
+    def _of_matrices(self) -> Iterator[Tile]:
+        """One to three tile registers high, all of one height."""
+        registers = ceil_div(self.rows, amx.ROWS)
+        for high in range(1, min(3, registers) + 1):
+            height = ceil_div(self.rows, ceil_div(registers, high) * high)
+            for vectors in range(1, min(6, ceil_div(self.columns, self.isa.lanes)) + 1):
+                for chunk in {min(wanted, self.rows) for wanted in (64, 256, 512, 1024, self.rows)}:
+                    tile = Tile(high * height, vectors, chunk)
+                    if self.fits(tile):
+                        yield tile
+
+    def _of_vectors(self) -> Iterator[Tile]:
         for vectors in range(1, min(8, ceil_div(self.columns, self.isa.lanes)) + 1):
             for rows in range(self.isa.height, whole_rows(self.isa, min(SPARE_ROWS, self.rows)) + 1, self.isa.height):
                 if rows * vectors + vectors >= self.isa.registers + _OPERAND_REGISTERS:
@@ -65,6 +82,8 @@ class TiledProduct:
 
     def _cost(self, tile: Tile, threads: int) -> float:
         """Cycles, roughly."""
+        if self.isa.matrices:
+            return self._matrix_cost(tile, threads)
         lanes, depth = self.isa.lanes, ceil_div(self.inputs, self.isa.word) * self.taps
         whole, rest = divmod(self.columns, tile.vectors * lanes)
         parts, last = divmod(self.rows, tile.chunk)
@@ -81,3 +100,19 @@ class TiledProduct:
         tasks = self.groups * (parts + (last > 0)) * (whole + (rest > 0))
         waiting = ceil_div(tasks, threads) * threads / tasks
         return self.groups * cycles * waiting
+
+    def _matrix_cost(self, tile: Tile, threads: int) -> float:
+        high = ceil_div(tile.rows, amx.ROWS)
+        panels, depth = (
+            ceil_div(self.columns, tile.vectors * self.isa.lanes),
+            ceil_div(self.inputs * self.taps, amx.BYTES),
+        )
+        # Products take a cycle a row; loads two rows a cycle, of activations and of weights that are 16 rows.
+        loads = 0.5 * (tile.rows + tile.vectors * amx.ROWS)
+        step = max(tile.rows * tile.vectors, loads)
+        parts, blocks = ceil_div(self.rows, tile.chunk), ceil_div(self.rows, tile.rows)
+        finish = _FINISH * tile.rows * tile.vectors
+        tasks = self.groups * parts * min(panels, gemm_amx.spans(panels, parts))
+        waiting = ceil_div(tasks, threads) * threads / tasks
+        set_up = parts * panels * _LATENCY * high
+        return self.groups * (panels * blocks * (max(depth * step, finish) + loads) + set_up) * waiting

@@ -9,7 +9,7 @@ import tvm
 from t3c_compile.backends.tvm.kernels.conv import ChainSpec, ConvSpec, conv_chain, every_pixel, int8_conv2d
 from t3c_compile.backends.tvm.kernels.emit import Sizes, plain, size_at, symbol_name
 from t3c_compile.backends.tvm.kernels.gemm import default_tile
-from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.isa import Isa, for_rows
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear, svd_linear
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.tuning.products import TiledProduct
@@ -85,7 +85,8 @@ class Workload:
         self, sizes: Sizes, lead: tuple[int | str, ...], inputs: int, outputs: int, taps: int = 1, groups: int = 1
     ) -> TiledProduct:
         rows = prod(size_at(size, sizes) for size in lead)
-        return TiledProduct(self.isa, default_tile(self.isa, lead, outputs), rows, outputs, inputs, taps, groups)
+        isa = for_rows(self.isa, rows if all(isinstance(size, int) for size in lead) else None)
+        return TiledProduct(isa, default_tile(isa, lead, outputs), rows, outputs, inputs, taps, groups)
 
     def operations(self, sizes: Sizes) -> int:
         """Multiplications and additions of a call."""
