@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -106,6 +107,16 @@ def _ops_named() -> Iterator[None]:
         raise UnsupportedOpError(f"TVM has no code for {call.strip()}\n{WAYS_OUT}") from error
 
 
+# A process has AMX's registers (18 in Linux's asm/fpu/types.h) only if it asks for them (0x1023 in asm/prctl.h): the
+# library does when it is loaded, whoever loads it.
+_PERMISSION = """
+#include <sys/syscall.h>
+#include <unistd.h>
+
+__attribute__((constructor)) static void ask_for_tile_registers(void) { syscall(SYS_arch_prctl, 0x1023, 18); }
+"""
+
+
 def link(module: tvm.runtime.Executable | tvm.runtime.Module, target: Target, path: Path) -> None:
     """Write a compiled module as a shared library for ``target``; RuntimeError where linking fails."""
     triple = (target.host or target).zig_triple
@@ -113,7 +124,14 @@ def link(module: tvm.runtime.Executable | tvm.runtime.Module, target: Target, pa
     options: dict[str, Callable[..., Any]] = {} if triple is None else {"fcompile": _linker(compiler)}
     if target.kind == "cuda":
         options["fpack_imports"] = packer(str(target.tvm["arch"]), _assembler(compiler))
-    module.export_library(str(path), **options)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        if "amx_tile" in target.features:
+            source = Path(folder, "permission.c")
+            source.write_text(_PERMISSION)
+            objects.append(f"{folder}/permission.o")
+            _run([*compiler, "-c", "-O1", "-fPIC", "-o", objects[0], str(source)])
+        module.export_library(str(path), addons=objects, **options)
 
 
 def _linker(compiler: list[str]) -> Callable[..., None]:
