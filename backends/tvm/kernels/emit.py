@@ -238,6 +238,16 @@ def accumulators(rows: int, vectors: int, lanes: int, dtype: str) -> list[list[B
     return [[T.alloc_buffer((lanes,), dtype) for _ in range(vectors)] for _ in range(rows)]
 
 
+def held(value: Index) -> Index:
+    """``value``, from a register: TVM's simplifier, which looks through what is only bound, can take minutes over the
+    quotients and bounds of an index of an index."""
+    if static(value) is not None:
+        return value
+    cell = T.alloc_buffer((1,), "int64")
+    T.buffer_store(cell, T.cast(value, "int64"), [0])
+    return T.bind(cell[0])
+
+
 def float32(value: float) -> tvm.tirx.FloatImm:
     """``value`` rounded once to float32."""
     return T.float32(float(np.float32(value)))

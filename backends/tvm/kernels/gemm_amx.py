@@ -20,6 +20,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     ceil_div,
     fill,
     for_each,
+    held,
     int32,
     load,
     product,
@@ -99,14 +100,14 @@ def _cut(p: Product, x: Rows, tile: Tile) -> _Cut:
         tiles: Index = p.rows // run * in_run
 
         def first(tile: Index) -> Index:
-            return T.bind(tile // in_run * run + T.min(tile % in_run * rows, run - rows))
+            return held(tile // in_run * run + T.min(tile % in_run * rows, run - rows))
     else:
         most = ceil_div(tile.rows, high)
         rows = min(count, most) if count is not None else T.bind(T.cast(T.min(p.rows, most), "int64"))
         tiles = ceil_div(p.rows, rows)
 
         def first(tile: Index) -> Index:
-            return T.bind(T.min(tile * rows, p.rows - rows))
+            return held(T.min(tile * rows, p.rows - rows))
 
     return _Cut(tiles, rows, high if count is None else min(high, tiles), first)
 
@@ -186,11 +187,11 @@ class _Task:
         def sweep(start: Index, blocks: Index, high: int) -> None:
             """All panels times ``blocks`` blocks of ``high`` tiles."""
             # TVM folds what even a loop never run divides by.
-            divisor = T.bind(T.max(blocks, 1))
+            divisor = held(T.max(blocks, 1))
 
             def where(n: Index) -> tuple[Index, Index]:
                 """First tile and first block of columns."""
-                return T.bind(start + n % divisor * high), T.bind(first + n // divisor * vectors)
+                return held(start + n % divisor * high), held(first + n // divisor * vectors)
 
             def finish(n: Index) -> Callable[[Index, Index], None]:
                 tile, block = where(n)
