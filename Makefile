@@ -11,7 +11,8 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# Modules are compiled at their first import; most are never imported.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 # setuptools is installed first and used as it is, so that the build is pinned like the rest.
 PACKAGE := --no-build-isolation -e
 

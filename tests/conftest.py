@@ -30,6 +30,17 @@ REPO = Path(__file__).resolve().parent.parent
 gc.set_threshold(100_000, 20, 20)
 
 
+# Files that take half a minute and more go first: at the end no process of the tests waits long for another.
+_LONG = (
+    "onnx", "models_vision", "models_language", "runner", "artifact", "mlir", "tune", "transform", "float_stages",
+    "layers", "distributed", "torch_backend", "transform_resume", "ethosu", "snap", "targets",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def arm64() -> ModuleType:
     """`t3c_compile.qemu`, ready to run arm64 Python; builds the arm64 system when it is not there yet."""

@@ -109,7 +109,7 @@ class _Profiles(Step):
         self.elastic = transform(model, self.inputs)
         calibration = [(torch.from_numpy(samples(64, seed=1)),)]
         self.profiles: ProfileSet = snapping.snap(
-            self.elastic, calibration, [get_target(TARGET)], count=2, full_model=True
+            self.elastic, calibration, [get_target(TARGET)], count=1, full_model=True
         )
 
 

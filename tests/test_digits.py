@@ -103,10 +103,10 @@ def with_stages(graph: GraphModule) -> tuple[GraphModule, list[Node]]:
 def test_every_stage_is_the_reference_op_on_its_own_input(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each stage of the compiled least and greatest profile, run in torch on what the library itself fed it."""
+    """Each stage of the compiled least profile, run in torch on what the library itself fed it."""
     import t3c_compile.artifact as artifact
 
-    some = ProfileSet([digits.profiles.profiles[0], digits.profiles.profiles[-1]], digits.profiles.order)
+    some = ProfileSet(digits.profiles.profiles[:1], digits.profiles.order)
     monkeypatch.setattr(artifact, "specialize", lambda *a: with_stages(specialize(*a))[0])
     path = lower(digits.elastic, some, TARGETS[:1], tmp_path / "stages.t3c", digits.example, measured=False)
     compiled = _on_x86_64(path, digits.test[:64].numpy())

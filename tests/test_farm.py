@@ -96,7 +96,7 @@ def test_what_a_lost_device_was_at_is_measured_by_the_others(tmp_path: Path) -> 
         calls = iter(range(10**6))
         gone = Simulated(lambda kernels, calls=calls, after=after: next(calls) >= after)  # type: ignore[misc]
         # So slow that the first one has its turns.
-        others = [Simulated(lambda kernels: time.sleep(0.05) is not None) for _ in range(2)]
+        others = [Simulated(lambda kernels: time.sleep(0.02) is not None) for _ in range(2)]
         together = finished(tmp_path / f"{after}.jsonl", [gone, *others])
         assert sorted(together, key=str) == sorted(alone, key=str)
         assert gone.measured == after

@@ -230,14 +230,12 @@ def test_every_stage_is_pinned_and_means_the_same(pinned: torch.fx.GraphModule) 
     torch.testing.assert_close(pinned(x, mask), Stages().eval()(x, mask), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["x86_64", "x86_64-v3"])
-def test_pinned_graph_is_bit_equal_with_any_batch_and_length(
-    pinned: torch.fx.GraphModule, target: str, tmp_path: Path
-) -> None:
+def test_pinned_graph_is_bit_equal_with_any_batch_and_length(pinned: torch.fx.GraphModule, tmp_path: Path) -> None:
+    """On one target: kernels of each, with sizes free too, are held against the reference above."""
     batch, tokens = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("tokens", min=2, max=512)
     example = (torch.randn(2, 13, 24), torch.ones(2, 13, dtype=torch.bool))
     program = torch.export.export(pinned, example, dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}))
-    library = build_library({"main": program}, get_target(target), tmp_path / "stages.so")
+    library = build_library({"main": program}, get_target("x86_64"), tmp_path / "stages.so")
     machine = runtime.VirtualMachine(tvm.runtime.load_module(str(library.path)), tvm.cpu())
     state = program.state_dict
     tensors = packed(machine, library, state)
@@ -245,7 +243,7 @@ def test_pinned_graph_is_bit_equal_with_any_batch_and_length(
     for count, length in ((1, 2), (2, 13), (3, 50), (1, 130)):
         x, mask = torch.randn(count, length, 24) * 3, torch.rand(count, length) > 0.4
         found = machine["main"](tvm.runtime.tensor(x.numpy()), tvm.runtime.tensor(mask.numpy()), tensors).numpy()
-        assert_same_bits(found, pinned(x, mask).detach().numpy(), f"{target} {count} {length}")
+        assert_same_bits(found, pinned(x, mask).detach().numpy(), f"{count} {length}")
 
 
 def test_other_dtypes_stay_as_they_are() -> None:

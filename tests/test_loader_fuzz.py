@@ -1,6 +1,6 @@
 """Mutated files are refused or harmless, in every loader; see ``loader_fuzz.py`` for how they are mutated.
 
-``T3C_FUZZ_LOADS`` sets how many (300), ``T3C_FUZZ_SEED`` the first of their seeds (drawn and printed when not given).
+``T3C_FUZZ_LOADS`` sets how many (200), ``T3C_FUZZ_SEED`` the first of their seeds (drawn and printed when not given).
 """
 
 import os
@@ -18,7 +18,7 @@ from t3c_compile.checkpoint import Checkpoint
 from t3c_compile.manifest import STORE, ArtifactError, open_file, read_manifest
 from t3c_compile.store import read_store
 
-LOADS = int(os.environ.get("T3C_FUZZ_LOADS", "300"))
+LOADS = int(os.environ.get("T3C_FUZZ_LOADS", "200"))
 SEED = int(os.environ.get("T3C_FUZZ_SEED", str(random.SystemRandom().randrange(2**32))))
 
 

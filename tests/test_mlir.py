@@ -128,7 +128,10 @@ def with_stages(graph: GraphModule) -> tuple[GraphModule, list[str]]:
     return GraphModule(graph, graph.graph), [node.name for node in stages]
 
 
-@pytest.mark.parametrize("name", ["p0", "p2"])
+# IREE takes seconds for each: the least profile of one network and the top one of the other.
+@pytest.mark.parametrize(
+    ("case", "name"), [(SmallCnn, "p0"), (SmallTransformer, "p2")], indirect=["case"], ids=["cnn-p0", "transformer-p2"]
+)
 def test_linalg_runs_as_in_torch(case: Case, name: str) -> None:
     """At two batch sizes: every int8 stage to one step (and hardly any moved), logits to an int8 step."""
     graph, stages = with_stages(case.graph(name))

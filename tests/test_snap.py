@@ -1,6 +1,7 @@
 """Chains, costs, snap and the spectral certificate."""
 
 import json
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from t3c_compile.chain import Grid, chains, paying_ranks
 from t3c_compile.cost import dense_int8_bytes, layer_cost, profile_cost
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import T3CError
+from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import Profile, ProfileSet
@@ -24,11 +26,16 @@ from t3c_compile.transforming import Config, observe, transform
 ARM = get_target("arm64")
 
 
+@cache
+def made(net: str, conv: str = "tucker2") -> ElasticGraphModule:
+    """The elastic form of one of ``NETS``, for tests that leave its weights as they are."""
+    return transform(*NETS[net](), Config(conv=conv))
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("conv", ["tucker2", "cp"])
 def test_chains_rise_and_pay(net: str, conv: str) -> None:
-    model, inputs = NETS[net]()
-    elastic = transform(model, inputs, Config(conv=conv))
+    elastic = made(net, conv)
     grid = Grid(8, (4, 6, 8))
     layers = dict(elastic_layers(elastic))
     for name, chain in chains(elastic, grid).items():
@@ -41,8 +48,7 @@ def test_chains_rise_and_pay(net: str, conv: str) -> None:
 
 
 def test_a_grid_too_coarse_leaves_the_layer_dense() -> None:
-    model, inputs = mlp()
-    elastic = transform(model, inputs)
+    elastic = made("mlp")
     layers = dict(elastic_layers(elastic))
     assert paying_ranks(layers["head"], Grid(16)) == []
     assert chains(elastic, Grid(16))["head"] == tuple(Option("dense", 0, bits) for bits in (4, 6, 8))
@@ -52,8 +58,7 @@ def test_a_grid_too_coarse_leaves_the_layer_dense() -> None:
 @pytest.mark.parametrize("conv", ["tucker2", "cp"])
 def test_cost_is_the_bytes_of_the_store(net: str, conv: str) -> None:
     """At 8 bits the modelled size is that of the stored tensors; of the whole graph where no batch norm is folded."""
-    model, inputs = NETS[net]()
-    elastic = transform(model, inputs, Config(conv=conv))
+    elastic = made(net, conv)
     for name, layer in elastic_layers(elastic):
         rank = 0 if layer.form == "dense" else 8
         assert layer_cost(layer).at(rank, 8)[1] == parameter_bytes(layer.store(rank)), name
@@ -70,7 +75,7 @@ def test_cost_counts_the_multiply_adds_torch_counts() -> None:
 
     for net in ("conv", "mlp"):
         model, inputs = NETS[net]()
-        elastic = transform(model, inputs)
+        elastic = made(net)
         with FlopCounterMode(display=False) as counter:
             model(*inputs)
         macs = sum(float(layer_cost(layer, "dense").at(0, 8)[0]) for _, layer in elastic_layers(elastic))
@@ -78,9 +83,7 @@ def test_cost_counts_the_multiply_adds_torch_counts() -> None:
 
 
 def test_costs_take_tensors_and_differentiate() -> None:
-    model, inputs = conv_net()
-    elastic = transform(model, inputs)
-    cost = layer_cost(dict(elastic_layers(elastic))["wide"])
+    cost = layer_cost(dict(elastic_layers(made("conv")))["wide"])
     rank, bits = torch.tensor(10.0, requires_grad=True), torch.tensor(6.0, requires_grad=True)
     macs, size = cost.at(rank, bits)
     assert float(macs) == float(cost.at(10, 6)[0])
@@ -98,7 +101,7 @@ def test_grid_of_several_targets_is_what_all_can_run() -> None:
 @pytest.mark.parametrize("net", NETS)
 def test_profiles_are_nested_ordered_and_closer_with_size(net: str) -> None:
     model, inputs = NETS[net]()
-    elastic = transform(model, inputs)
+    elastic = made(net)
     torch.manual_seed(0)
     calibration = [(torch.randn(64, *inputs[0].shape[1:]),)]
     labels = model(*calibration[0]).argmax(1)
@@ -121,6 +124,7 @@ def test_profiles_are_nested_ordered_and_closer_with_size(net: str) -> None:
         logits = elastic(*calibration[0])
         agreement = float((logits.argmax(1) == labels).float().mean())
         assert agreement == pytest.approx(profile.quality["accuracy"], abs=1e-6)
+    elastic.set_full()
 
 
 def test_quality_is_over_every_token_of_batches_of_several_lengths() -> None:
@@ -155,8 +159,7 @@ def _samples(batch: tuple[Tensor, ...], rows: tuple[Tensor, Tensor]) -> list[tup
 
 
 def test_a_controllers_path_is_followed() -> None:
-    model, inputs = mlp()
-    elastic = transform(model, inputs)
+    elastic = made("mlp")
     ladder = chains(elastic, grid_of([ARM]))
 
     class FirstLast:
@@ -196,11 +199,10 @@ def test_dominated_profiles_are_dropped_with_the_reason() -> None:
 
 
 def test_snap_needs_calibration_data() -> None:
-    model, inputs = mlp()
     with pytest.raises(T3CError, match="calibration inputs"):
-        snap(transform(model, inputs), [], [ARM])
+        snap(made("mlp"), [], [ARM])
     with pytest.raises(T3CError, match="count=0: snap makes at least one profile"):
-        snap(transform(model, inputs), [inputs], [ARM], count=0)
+        snap(made("mlp"), [mlp()[1]], [ARM], count=0)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -208,7 +210,7 @@ def test_snap_needs_calibration_data() -> None:
 def test_the_certificate_holds_for_its_share_of_new_inputs_and_is_tight(net: str, conv: str) -> None:
     """In every profile, on 1000 new inputs; no more than half above the drift that one in a hundred exceeds."""
     model, inputs = NETS[net]()
-    elastic = transform(model, inputs, Config(conv=conv))
+    elastic = made(net, conv)
     torch.manual_seed(0)
     calibration, fresh = ((torch.randn(count, *inputs[0].shape[1:]),) for count in (100, 1000))
     profiles = snap(elastic, [calibration], [ARM], count=4)
@@ -294,8 +296,7 @@ def test_error_norm_bounds_the_convolution(shape: tuple[int, ...]) -> None:
 
 
 def test_observe_sets_ranges_from_the_data() -> None:
-    model, inputs = mlp()
-    elastic = transform(model, inputs)
+    elastic = made("mlp")
     observe(elastic, [(torch.tensor([[-1.0, 3.0] * 32]),)])
     scale, zero = dict(elastic_layers(elastic))["first"].activations()["x"]
     assert scale == pytest.approx(4 / 255)

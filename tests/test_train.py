@@ -1,4 +1,4 @@
-"""The trainer on real digits: it helps, resumes, repeats, refuses bad input, and its step runs under DDP."""
+"""The trainer on real digits: it helps, resumes, repeats, and refuses bad input; over processes: test_distributed."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from t3c_compile.backends.targets import get_target
@@ -113,41 +112,6 @@ def observed_model() -> ElasticGraphModule:
     elastic = elastic_model()
     observe(elastic, [random_batches()[0][:1]])
     return elastic.eval()
-
-
-def _terms(model: nn.Module, elastic: ElasticGraphModule, batch: tuple[Tensor, Tensor]) -> Tensor:
-    torch.manual_seed(5)
-    loss = ElasticLoss(elastic, Controller(chains(elastic, GRID)), LossWeights(), TARGET)
-    terms = loss(model, batch)
-    assert "budget" in terms, "this seed does not train sampled options"
-    return sum(terms.values(), torch.zeros(()))
-
-
-def _ddp_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    elastic = observed_model()
-    model = nn.parallel.DistributedDataParallel(elastic)
-    x, y = random_batches()[0]
-    loss = _terms(model, elastic, (x[rank::2], y[rank::2]))
-    loss.backward()
-    torch.save((loss.detach(), {n: p.grad for n, p in elastic.named_parameters()}), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_a_step_under_ddp_is_the_step_of_one_process(tmp_path: Path) -> None:
-    mp.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    elastic = observed_model()
-    loss = _terms(elastic, elastic, random_batches()[0])
-    loss.backward()
-    torch.testing.assert_close((found[0][0] + found[1][0]) / 2, loss.detach(), rtol=1e-4, atol=0)
-    for name, parameter in elastic.named_parameters():
-        assert parameter.grad is not None
-        assert torch.equal(found[0][1][name], found[1][1][name])
-        # Float32 sums in another order, and here and there an activation that rounds to the next integer.
-        assert float((found[0][1][name] - parameter.grad).norm()) < 0.02 * float(parameter.grad.norm()), name
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ CASES = build_cases()
 # Of a product's candidates, each n-th is run where others share its code.
 EVERY = {
     "int8_linear_": 1,
-    "int8_conv2d_": 1,
+    "int8_conv2d_": 2,
     "svd_linear_": 4,
     "tucker2_conv2d_": 2,
     "svd_conv2d_": 8,

@@ -28,7 +28,7 @@ _SMALL = {
 _SMALL_DISTIL = {
     "vocab_size": 160,
     "dim": 64,
-    "n_layers": 2,
+    "n_layers": 1,
     "n_heads": 4,
     "hidden_dim": 160,
     "max_position_embeddings": 64,
