@@ -65,9 +65,9 @@ arm64-root: .venv/installed
 
 # Against the runtime libraries of TVM's wheels: this machine's, and those of the arm64 system.
 runner: .venv/installed
+	$(BIN)/python scripts/arm64_root.py
 	$(MAKE) -C runner OUT=$(CURDIR)/build/runner/host \
 		SITE=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
-	$(BIN)/python scripts/arm64_root.py
 	$(MAKE) -C runner OUT=$(CURDIR)/build/runner/arm64 SITE=$(CURDIR)/build/arm64-root/site \
 		CXX='$(CURDIR)/$(BIN)/python -m ziglang c++ -target aarch64-linux-gnu.2.28'
 
