@@ -183,7 +183,10 @@ def one_profile(
         return sum(float(costs[n].at(o.rank, bits)[0]) if o.rank else dense[n] for n, o in options.items())
 
     shares = (fraction * (1 - step / 100) for step in range(100))
-    options = next(o for o in map(chosen, shares) if multiply_adds(o) <= fraction * sum(dense.values()))
+    within = (o for o in map(chosen, shares) if multiply_adds(o) <= fraction * sum(dense.values()))
+    options = next(within, None)
+    if options is None:
+        raise RuntimeError(f"layers whose factors are slower than dense here leave more than {fraction} multiply-adds")
     elastic.eval().set_options(options)
     observe(elastic, batches)
     activations = {name: layer.activations() for name, layer in layers.items()}
