@@ -197,15 +197,19 @@ class _Task:
                 tile, block = where(n)
                 return self._finisher(tile, high, block, vectors, last)
 
-            with T.serial(0, blocks * count) as n:
-                waiting = T.bind(T.if_then_else(n > 0, T.cast(self.cut.rows, "int64"), T.int64(0)))
-                before = finish(T.max(n - 1, 0))
+            def all_blocks() -> None:
+                total, rows = blocks * count, self.cut.rows
+                self._sums(*where(0), high, weights, lambda step, steps: None)
+                with T.serial(0, total - 1) as before:
+                    end = finish(before)
 
-                def between(step: Index, steps: int) -> None:
-                    before(T.bind(waiting * step // steps), T.bind(waiting * (step + 1) // steps))
+                    def between(step: Index, steps: int) -> None:
+                        end(rows * step // steps, rows * (step + 1) // steps)
 
-                self._sums(*where(n), high, weights, between)
-            when(blocks * count > 0, lambda: finish(blocks * count - 1)(0, self.cut.rows))
+                    self._sums(*where(before + 1), high, weights, between)
+                finish(total - 1)(0, rows)
+
+            when(blocks * count > 0, all_blocks)
 
         high, total = self.cut.high, tiles[1] - tiles[0]
         sweep(tiles[0], T.bind(total // high), high)
