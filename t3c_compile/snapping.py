@@ -157,9 +157,10 @@ def snap(
                 # A CPU's own cost is not known here, and what saves an NPU nothing may pay there.
                 kept, costly = drop_costly(kept)
                 notes += costly
-            # Those dropped are replaced by points between the ones kept.
+            # Those dropped are replaced by points between the ones kept, below where that is one alone.
             missing = min(count - len(kept), 2 * count - len(measured))
-            points = _between(sizes, [i for i in measured if measured[i] in kept], set(measured))[: max(0, missing)]
+            ends = [i for i in measured if measured[i] in kept]
+            points = _between(sizes, ends if len(ends) > 1 else [0, *ends], set(measured))[: max(0, missing)]
         if full_model:
             kept += measure([_full_options(model, ladder)])
     if beyond:
@@ -261,10 +262,10 @@ def _spread(sizes: list[float], count: int) -> list[int]:
     return sorted({min(range(len(sizes)), key=lambda i: abs(sizes[i] - w)) for w in wanted})
 
 
-def _between(sizes: list[float], kept: list[int], measured: set[int]) -> list[int]:
-    """Points not yet measured, each nearest the middle of two neighbours kept; the widest gap first."""
+def _between(sizes: list[float], ends: list[int], measured: set[int]) -> list[int]:
+    """Points not yet measured, each nearest the middle of two neighbours of ``ends``; the widest gap first."""
     found: list[tuple[float, int]] = []
-    for low, high in pairwise(sorted(kept)):
+    for low, high in pairwise(sorted(ends)):
         free = [i for i in range(low + 1, high) if i not in measured]
         if free:
             middle = (sizes[low] * sizes[high]) ** 0.5
