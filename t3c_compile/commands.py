@@ -408,6 +408,7 @@ def _snap(
         arguments.profiles,
         times=times,
         progress=sys.stderr.isatty(),
+        exact_npu=getattr(arguments, "exact_npu", False),
     )
     for note in () if arguments.json else (*notes, *profiles.notes):
         print(note)

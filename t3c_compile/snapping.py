@@ -15,6 +15,7 @@ from t3c_compile.cost import Cost, Times, kept_bytes, option_costs, profile_cost
 from t3c_compile.energy import MODELLED
 from t3c_compile.groups import Groups, group_top, layer_groups, member_levels
 from t3c_compile.memory import activation_bytes, fits, require_fit
+from t3c_compile.npu_cost import npu_costs
 from t3c_compile.passes.elastic import elastic_layers
 from t3c_compile.passes.errors import DataError, T3CError
 from t3c_compile.passes.fit_inputs import require_fitting
@@ -64,6 +65,7 @@ def snap(
     full_model: bool = False,
     times: Mapping[str, Times] | None = None,
     progress: bool = False,
+    exact_npu: bool = False,
 ) -> ProfileSet:
     """Nested profiles of ``model`` on the grid its targets share.
 
@@ -71,8 +73,9 @@ def snap(
     climb is what it answers as the budget grows; without, the next upgrade is always the one that saves the most
     certified error for its cost. ``count`` points evenly spaced in cost become profiles; one that costs more than
     another and is no closer to the full model on the calibration data is dropped, and the notes say so; others between
-    those kept are tried in its place. Activations are int8 but where ``model.set_activation_dtype("float32")`` was
-    called before: then linear layers are weight-only in all profiles.
+    those kept are tried in its place. Where all targets are NPUs, so is one that takes no fewer cycles than a greater
+    one on any of them, by its compiler's estimate. Activations are int8 but where
+    ``model.set_activation_dtype("float32")`` was called before: then linear layers are weight-only in all profiles.
 
     With ``times`` no layer has a rank at which it is slower than dense, and a layer that is so at all of them is dense.
 
@@ -81,6 +84,7 @@ def snap(
         labels: class indices of all calibration samples in order (of all tokens, for a language model), for accuracy.
         full_model: add the full model in float32 as the greatest profile. Its weights are stored beside the integers.
         times: by target, what its layers take (:func:`t3c_compile.kernel_times.kernel_times`); else the roofline says.
+        exact_npu: as it is to be lowered: NPUs' cycles are others then.
 
     Profiles that do not fit into the memory of every target are left out, which the notes say.
 
@@ -140,7 +144,7 @@ def snap(
 
         def measure(chosen: list[dict[str, Option]]) -> list[Profile]:
             return [
-                _measure(model, options, calibration, full, labels, proxy, errors, targets, known)
+                _measure(model, options, calibration, full, labels, proxy, errors, targets, known, exact_npu)
                 for options in bar.track(chosen, description="profiles")
             ]
 
@@ -149,9 +153,14 @@ def snap(
             options = [{name: ladder[name][level] for name, level in path[i].items()} for i in points]
             measured |= dict(zip(points, measure(options), strict=True))
             kept, notes = drop_dominated([measured[i] for i in sorted(measured)])
-            # Those dropped are replaced by points between the ones kept.
+            if all(target.cost == "vela" for target in targets):
+                # A CPU's own cost is not known here, and what saves an NPU nothing may pay there.
+                kept, costly = drop_costly(kept)
+                notes += costly
+            # Those dropped are replaced by points between the ones kept, below where that is one alone.
             missing = min(count - len(kept), 2 * count - len(measured))
-            points = _between(sizes, [i for i in measured if measured[i] in kept], set(measured))[: max(0, missing)]
+            ends = [i for i in measured if measured[i] in kept]
+            points = _between(sizes, ends if len(ends) > 1 else [0, *ends], set(measured))[: max(0, missing)]
         if full_model:
             kept += measure([_full_options(model, ladder)])
     if beyond:
@@ -253,10 +262,10 @@ def _spread(sizes: list[float], count: int) -> list[int]:
     return sorted({min(range(len(sizes)), key=lambda i: abs(sizes[i] - w)) for w in wanted})
 
 
-def _between(sizes: list[float], kept: list[int], measured: set[int]) -> list[int]:
-    """Points not yet measured, each nearest the middle of two neighbours kept; the widest gap first."""
+def _between(sizes: list[float], ends: list[int], measured: set[int]) -> list[int]:
+    """Points not yet measured, each nearest the middle of two neighbours of ``ends``; the widest gap first."""
     found: list[tuple[float, int]] = []
-    for low, high in pairwise(sorted(kept)):
+    for low, high in pairwise(sorted(ends)):
         free = [i for i in range(low + 1, high) if i not in measured]
         if free:
             middle = (sizes[low] * sizes[high]) ** 0.5
@@ -297,6 +306,7 @@ def _measure(
     errors: Mapping[str, Mapping[Option, float]],
     targets: Sequence[Target],
     times: Mapping[str, Times],
+    exact_npu: bool,
 ) -> Profile:
     model.set_options(options)
     observe(model, calibration)
@@ -321,7 +331,9 @@ def _measure(
     total = sum(terms.values())
     certificate = {"kind": "spectral", "bound": total, "layers": terms, "share": share, "statement": statement}
     _set_bound(certificate, bound)
-    return Profile("", options, activations, round(size), quality(full, logits, labels), certificate, costs)
+    profile = Profile("", options, activations, round(size), quality(full, logits, labels), certificate, costs)
+    profile.costs |= npu_costs(model, profile, calibration[0], targets, exact_npu)
+    return profile
 
 
 def _set_bound(certificate: dict[str, Any], bound: float) -> None:
@@ -345,3 +357,26 @@ def drop_dominated(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:
         else:
             kept.append(profile)
     return kept, notes
+
+
+def drop_costly(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:
+    """Profiles by rising size whose cycles rise on every NPU; the others, and why, in the notes."""
+    kept: list[Profile] = []
+    notes: list[str] = []
+    for profile in profiles:
+        while kept and (target := _no_slower_on(profile, kept[-1])) is not None:
+            less, more = (f"{p.costs[target]['cycles']}" for p in (kept[-1], profile))
+            notes.append(
+                f"a profile of {kept.pop().size_bytes} bytes was dropped: {less} cycles on {target}, no fewer than the "
+                f"{more} of one of {profile.size_bytes} bytes, which is closer to the full model"
+            )
+        kept.append(profile)
+    return kept, notes
+
+
+def _no_slower_on(greater: Profile, lesser: Profile) -> str | None:
+    """A target where ``greater`` takes no more cycles, where both are known."""
+    for target, cost in greater.costs.items():
+        if "cycles" in cost and cost["cycles"] <= lesser.costs[target].get("cycles", 0):
+            return target
+    return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import t3c_compile as t3c
 from examples.digits.models import Cnn, Vit
+from examples.models.vision import MODELS
 from t3c_compile import cli
 from t3c_compile.backends.ethosu import reference
 from t3c_compile.backends.ethosu.host import split_profile
@@ -137,19 +138,23 @@ ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def assert_within_a_step(model: nn.Module, x: Tensor, conv: str = "tucker2", chain: bool = False) -> None:
-    """The int8 results of the first products: the NPU's meaning is within one step of ``t3c::``'s, and TOSA's model has
-    it bit for bit. Of a chain of factors one value in a thousand may be two steps away: a step in its middle, which the
-    next factor multiplies, beside the result's own."""
+def assert_within_a_step(model: nn.Module, x: Tensor, conv: str = "tucker2") -> None:
+    """Middles of chains, and the int8 results of the first products: at each stage the NPU's meaning is within one step
+    of ``t3c::``'s, and TOSA's model has it bit for bit.
+
+    The two differ where a sum lies on a half or next to it, or moves past one as the bias is rounded to whole sums: in
+    up to 2% of numbers over 60 seeds of each network here. A zero point that is off by one moves all of them."""
     (graph,) = profile_graphs(settled(model, x), x, conv=conv)
     program, pairs, inputs = first_results(graph, x)
     assert pairs
     differences = [(got.to(torch.int32) - wanted).abs() for got, wanted in pairs]
-    assert max(int(d.max()) for d in differences) <= (2 if chain else 1)
-    assert np.mean([float((d > 0).float().mean()) for d in differences]) < 0.05
-    assert np.mean([float((d > 1).float().mean()) for d in differences]) < 0.001
+    assert max(int(d.max()) for d in differences) <= 1
+    stages = len(program.outputs)
+    shares = np.array([float(d.float().mean()) for d in differences]).reshape(-1, stages).mean(0)
+    assert (shares < 0.05).all(), shares
     # They say something: not all are one number.
-    assert len(torch.cat([wanted.flatten() for _, wanted in pairs]).unique()) > 20
+    for stage in range(stages):
+        assert len(torch.cat([wanted.flatten() for _, wanted in pairs[stage::stages]]).unique()) > 20
     for given in inputs:
         assert_equal_to_tosa(program, given)
 
@@ -169,20 +174,21 @@ def test_rows_are_within_a_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "conv", "chain"),
+    ("first", "conv"),
     [
-        (nn.Conv2d(32, 96, 3, 2, 1), "tucker2", True),
-        (nn.Conv2d(32, 24, 3, 1, 1), "cp", True),
-        (nn.Conv2d(32, 96, 1, 2), "tucker2", True),
-        (nn.Conv2d(32, 32, 3, 2, 1, groups=32), "tucker2", False),
-        (nn.Conv2d(32, 40, 5, 1, 4, 2), "tucker2", True),
+        (lambda: nn.Conv2d(32, 96, 3, 2, 1), "tucker2"),
+        (lambda: nn.Conv2d(32, 24, 3, 1, 1), "cp"),
+        (lambda: nn.Conv2d(32, 96, 1, 2), "tucker2"),
+        (lambda: nn.Conv2d(32, 32, 3, 2, 1, groups=32), "tucker2"),
+        (lambda: nn.Conv2d(32, 40, 5, 1, 4, 2), "tucker2"),
     ],
     ids=["tucker2", "cp", "svd", "depthwise", "dilated"],
 )
-def test_forms_of_layers_are_within_a_step(first: nn.Conv2d, conv: str, chain: bool) -> None:
+def test_forms_of_layers_are_within_a_step(first: Callable[[], nn.Conv2d], conv: str) -> None:
     torch.manual_seed(0)
-    model = Between(first, nn.Identity(), lambda a, b: F.relu(a), nn.Conv2d(first.out_channels, 8, 1))
-    assert_within_a_step(model, torch.randn(6, 32, 10, 9), conv, chain)
+    layer = first()
+    model = Between(layer, nn.Identity(), lambda a, b: F.relu(a), nn.Conv2d(layer.out_channels, 8, 1))
+    assert_within_a_step(model, torch.randn(6, 32, 10, 9), conv)
 
 
 class Whole:
@@ -375,3 +381,22 @@ def test_inspect_says_where_one_does_not_pay(cnn: Whole, tmp_path: Path, capsys:
     write_manifest(copy, manifest)
     cli.main(["inspect", str(copy)])
     assert f"ethos-u85-256: {note}" in capsys.readouterr().out
+
+
+def test_a_profile_that_saves_no_cycles_is_dropped(tmp_path: Path) -> None:
+    """MobileNetV3's profiles differ by little: on a U85 some lesser ones take more cycles."""
+    torch.manual_seed(0)
+    model = MODELS["timm_mobilenetv3_large"]
+    (x,) = model.inputs(True)
+    x = torch.randn(4, *x.shape[1:])
+    elastic = t3c.transform(model.build(True), (x,), t3c.Config(rank_multiple=16), calibration=[(x,)])
+    target = get_target("ethos-u85-256")
+    profiles = t3c.snap(elastic, [(x,)], [target], count=4)
+    cycles = []
+    for profile in profiles.profiles:
+        graph = specialize(elastic, profile.options, profile.activations, profiles.store_ranks())
+        partitions = split_profile(graph, (x[:1],)).flatbuffers.values()
+        cycles.append(sum(compile_partition(partition, target)[1].cycles for partition in partitions))
+    assert len(cycles) >= 2
+    assert cycles == sorted(set(cycles))
+    assert [profile.costs[target.name]["cycles"] for profile in profiles.profiles] == cycles

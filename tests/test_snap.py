@@ -20,7 +20,7 @@ from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.passes.option import Option
 from t3c_compile.passes.specialize import specialize
 from t3c_compile.profile import Profile, ProfileSet
-from t3c_compile.snapping import drop_dominated, grid_of, snap
+from t3c_compile.snapping import drop_costly, drop_dominated, grid_of, snap
 from t3c_compile.transforming import Config, observe, transform
 
 ARM = get_target("arm64")
@@ -196,6 +196,21 @@ def test_dominated_profiles_are_dropped_with_the_reason() -> None:
         "a profile of 20 bytes was dropped: KL 6.00e-01 on calibration data, no better than 5.00e-01 at 10 bytes",
         "a profile of 40 bytes was dropped: KL 3.00e-01 on calibration data, no better than 2.00e-01 at 30 bytes",
     ]
+
+
+def test_what_takes_no_fewer_cycles_than_a_greater_profile_is_dropped() -> None:
+    cycles = {10: (100, 50), 20: (120, 71), 30: (150, 90), 40: (151, 70), 50: (200, 70), 60: (300, 90)}
+    profiles = [
+        Profile("", {}, {}, size, costs={"u55": {"cycles": u55}, "u85": {"cycles": u85}, "arm64": {"latency_ms": 1.0}})
+        for size, (u55, u85) in cycles.items()
+    ]
+    kept, notes = drop_costly(profiles)
+    assert [p.size_bytes for p in kept] == [10, 50, 60]
+    assert [note.split(" bytes")[0].removeprefix("a profile of ") for note in notes] == ["30", "20", "40"]
+    assert notes[0] == (
+        "a profile of 30 bytes was dropped: 90 cycles on u85, no fewer than the 70 of one of 40 bytes, which is closer "
+        "to the full model"
+    )
 
 
 def test_snap_needs_calibration_data() -> None:

@@ -60,10 +60,9 @@ class NpuProfiles:
         """The flatbuffers as ``folder/NAME.tosa``; the files' names by partition."""
         folder.mkdir(exist_ok=True)
         names = {}
-        for split in self.splits:
-            for name, flatbuffer in split.flatbuffers.items():
-                (folder / f"{name}.tosa").write_bytes(flatbuffer)
-                names[name] = f"{folder.name}/{name}.tosa"
+        for name, flatbuffer in self._flatbuffers().items():
+            (folder / f"{name}.tosa").write_bytes(flatbuffer)
+            names[name] = f"{folder.name}/{name}.tosa"
         return names
 
     def build_hosts(self, folder: Path) -> list[tuple[Library, Target]]:
@@ -75,6 +74,18 @@ class NpuProfiles:
             for name, target in hosts.items()
         ]
 
+    def costs(self, target: Target) -> list[dict[str, Any]]:
+        """vela's estimate of every profile.
+
+        Raises:
+            VelaError: as :meth:`compile`.
+        """
+        parts = {name: compile_partition(blob, target)[1] for name, blob in self._flatbuffers().items()}
+        return [_cost([parts[name] for name in split.programs], target) for split in self.splits]
+
+    def _flatbuffers(self) -> dict[str, bytes]:
+        return {name: blob for split in self.splits for name, blob in split.flatbuffers.items()}
+
     def compile(self, target: Target, folder: Path, tosa: Mapping[str, str]) -> dict[str, Any]:
         """The command streams of all profiles in ``folder``, and what the manifest's target says of its NPU.
 
@@ -82,10 +93,8 @@ class NpuProfiles:
             VelaError: a partition cannot be compiled, or does not fit the target's memory.
         """
         streams, estimates, partitions = {}, {}, {}
-        for split in self.splits:
-            for name, flatbuffer in split.flatbuffers.items():
-                if name not in estimates:
-                    streams[name], estimates[name] = compile_partition(flatbuffer, target)
+        for name, flatbuffer in self._flatbuffers().items():
+            streams[name], estimates[name] = compile_partition(flatbuffer, target)
         for name, program in self.programs().items():
             file = folder / f"{name}.{target.name}.tflite"
             file.write_bytes(streams[name])
