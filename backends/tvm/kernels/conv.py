@@ -6,6 +6,7 @@ of a batch go through each stage together; middles stay in int8 scratch.
 
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import tvm
 from tvm.ir import Expr
@@ -136,7 +137,8 @@ def int8_conv2d(isa: Isa, s: ConvSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         else:
             outputs, inputs = s.outputs // s.groups, s.channels // s.groups
             shape = Product(rows, outputs, inputs, inputs, zero_point, s.bits, s.groups)
-            multiply(isa, shape, images.rows(), weight, end, tile_for(isa, tiles, 0, (s.batch, w.pixels), outputs))
+            tile = tile_for(isa, tiles, 0, (s.batch, w.pixels), outputs, inputs * prod(w.kernel))
+            multiply(isa, shape, images.rows(), weight, end, tile)
     return function.func
 
 
@@ -176,19 +178,20 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         seen = w if core is None else every_pixel(w)
         images = _read(isa, s, seen, batch, x, numbers, 4, zero_point)
         first = Product(product((batch, seen.pixels)), k_in, s.channels, s.channels, zero_point, s.bits)
+        tile = tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in, s.channels)
         if core is None:
             last = scratch_rows(between, first.rows, k_in)
             to_h = middle(between, last.buffer, last.place, k_in, mid_scale, x_to_h)
-            multiply(isa, first, images.rows(), v, to_h, tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in))
+            multiply(isa, first, images.rows(), v, to_h, tile)
         else:
             h = Images(between, w, batch, k_in, 0, written=True)
             h.allocate()
             h.pad()
             to_h = middle(between, h.buffer, h.at, k_in, mid_scale, x_to_h)
-            multiply(isa, first, images.rows(), v, to_h, tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in))
+            multiply(isa, first, images.rows(), v, to_h, tile)
             last = _core(between, s, batch, h.rows(), core, core_scale, h_to_g, tiles)
         end = chain_end(isa, writer, s.outputs, scale, gain, bias)
-        tile = tile_for(isa, tiles, -1, (s.batch, w.pixels), s.outputs)
+        tile = tile_for(isa, tiles, -1, (s.batch, w.pixels), s.outputs, k_out)
         multiply(isa, Product(rows, s.outputs, k_out, r_out, 0, s.bits), last, u, end, tile)
     return function.func
 
@@ -211,6 +214,6 @@ def _core(
     if s.form == "cp":
         depthwise(isa, rows, k_out, h, core, 0, s.bits, to_g)
     else:
-        tile = tile_for(isa, tiles, 1, (s.batch, s.window.pixels), k_out)
+        tile = tile_for(isa, tiles, 1, (s.batch, s.window.pixels), k_out, k_in * prod(s.window.kernel))
         multiply(isa, Product(rows, k_out, k_in, r_in, 0, s.bits), h, core, to_g, tile)
     return g

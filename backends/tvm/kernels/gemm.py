@@ -14,13 +14,14 @@ def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue,
     (gemm_amx if isa.matrices else gemm_vector).multiply(isa, p, x, weights, epilogue, tile)
 
 
-def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], columns: int) -> Tile:
+def tile_for(isa: Isa, tiles: Tiles, number: int, lead: Sequence[int | str], columns: int, depth: int) -> Tile:
     """The tile of a kernel's product ``number``, of ``lead`` dimensions of rows: the tuned one, else the default."""
-    return tiles[number] if tiles else default_tile(isa, lead, columns)
+    return tiles[number] if tiles else default_tile(isa, lead, columns, depth)
 
 
-def default_tile(isa: Isa, lead: Sequence[int | str], columns: int) -> Tile:
-    """The tile of a product that was not tuned. What is not known of its rows is taken for 1: a batch of one sample."""
+def default_tile(isa: Isa, lead: Sequence[int | str], columns: int, depth: int) -> Tile:
+    """The tile of a product that was not tuned, ``depth`` inputs a sum. What is not known of its rows is taken for 1: a
+    batch of one sample."""
     if isa.matrices:
-        return gemm_amx.default_tile(lead)
+        return gemm_amx.default_tile(lead, depth)
     return gemm_vector.default_tile(isa, lead, columns)

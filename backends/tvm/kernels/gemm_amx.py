@@ -34,18 +34,20 @@ from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, na
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _TASKS = 8  # into which a product is cut at least, so that it divides well between threads
+_SHORT = 1024  # inputs of a sum
 _CHUNK_ROWS = 512  # of a task, where there are more than twice as many
 
 
-def default_tile(lead: Sequence[int | str]) -> Tile:
+def default_tile(lead: Sequence[int | str], depth: int) -> Tile:
     """The tile of a product that was not tuned, as :func:`gemm.default_tile` says."""
     rows = prod(size_at(size, {}) for size in lead)
     tiles = ceil_div(rows, ROWS)
     if tiles == 1:
         return Tile(rows if all(isinstance(size, int) for size in lead) else ROWS, 4, rows)
-    # Two by two, all of one height.
-    height = ceil_div(rows, tiles + tiles % 2)
-    return Tile(2 * height, 2, rows if rows <= 2 * _CHUNK_ROWS else _CHUNK_ROWS)
+    # Two by two, all of one height; one by two where results take as long as products: small blocks mix them better.
+    high = 1 if depth < _SHORT else 2
+    height = ceil_div(rows, ceil_div(tiles, high) * high)
+    return Tile(high * height, 2, rows if rows <= 2 * _CHUNK_ROWS else _CHUNK_ROWS)
 
 
 def fits(tile: Tile) -> bool:

@@ -56,7 +56,7 @@ def int8_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc
         writer = Writer(s.finish, ends)
         activations = prepare_rows(isa, x, rows, s.inputs)
         shape = Product(rows, s.outputs, s.inputs, s.inputs, zero_point, s.bits)
-        tile = tile_for(isa, tiles, 0, s.lead, s.outputs)
+        tile = tile_for(isa, tiles, 0, s.lead, s.outputs, s.inputs)
         multiply(isa, shape, activations, weight, dense(isa, writer, s.outputs, x_scale, scale, bias), tile)
     return function.func
 
@@ -85,9 +85,9 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         between = for_middle(isa)
         activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(between, rows, s.rank)
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
-        tile = tile_for(isa, tiles, 0, s.lead, s.rank)
+        tile = tile_for(isa, tiles, 0, s.lead, s.rank, s.inputs)
         multiply(isa, first, activations, v, middle(between, h.buffer, h.place, s.rank, mid_scale, to_h), tile)
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
-        tile = tile_for(isa, tiles, 1, s.lead, s.outputs)
+        tile = tile_for(isa, tiles, 1, s.lead, s.outputs, s.rank)
         multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile)
     return function.func

@@ -123,10 +123,15 @@ def write_best(records: RecordsFile, path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
+_WITH_AMX = ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d", "diamondrapids")
+
+
 def cpu_of(target: Target, remote: bool = False) -> str:
     """The CPU family as LLVM names it: this machine's where it can be of ``target``'s kind and is not ``remote``."""
     host = machine(target) == platform.machine() and not remote
-    return str(tvm.target.codegen.llvm_get_system_cpu() if host else target.tvm["mcpu"])
+    name = str(tvm.target.codegen.llvm_get_system_cpu() if host else target.tvm["mcpu"])
+    # LLVM goes by a model number that virtual machines make up: what has AMX is this or later.
+    return "sapphirerapids" if target.simd == "amx" and name not in _WITH_AMX else name
 
 
 @cache

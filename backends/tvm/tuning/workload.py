@@ -86,7 +86,7 @@ class Workload:
     ) -> TiledProduct:
         rows = prod(size_at(size, sizes) for size in lead)
         isa = for_rows(self.isa, rows if all(isinstance(size, int) for size in lead) else None)
-        return TiledProduct(isa, default_tile(isa, lead, outputs), rows, outputs, inputs, taps, groups)
+        return TiledProduct(isa, default_tile(isa, lead, outputs, inputs * taps), rows, outputs, inputs, taps, groups)
 
     def operations(self, sizes: Sizes) -> int:
         """Multiplications and additions of a call."""
