@@ -333,7 +333,10 @@ class _Weights:
     def sums(self, block: Index) -> list[Buffer]:
         """Of the columns of each block of a panel that begins with ``block``."""
         task = self.task
-        place = lambda v, tap, k: self.at(block + v, tap, k)  # noqa: E731
+
+        def place(v: int, tap: Index, k: Index) -> Index:
+            return self.at(block + v, tap, k)
+
         return weight_sums(task.isa, self.buffer, place, task.taps, task.words, self.vectors, 8)
 
     def _tail(self, block: Index, tap: Index) -> Index:

@@ -156,9 +156,10 @@ def _isa(
     return Isa(name, lanes, registers, False, dot, height, turn, narrows_panels)
 
 
+_AVX512VNNI = Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True)
 _ISAS = {
-    "amx": Isa("amx", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True, matrices=True),
-    "avx512vnni": Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True),
+    "amx": replace(_AVX512VNNI, name="amx", matrices=True),
+    "avx512vnni": _AVX512VNNI,
     "avxvnni": Isa("avxvnni", 8, 12, True, partial(_vnni_dot, 8), narrows_panels=True, panel=2),
     "avx2": _isa("avx2", 8, 8, _avx2_dot),
     "i8mm": _isa("i8mm", 4, 24, _smmla, height=2, narrows_panels=True),
@@ -174,7 +175,7 @@ _NARROW = {"avx2": Isa("avx2", 8, 6, True, _avx2_narrow_dot, panel=2, narrow=Nar
 def for_rows(isa: Isa, rows: int | None) -> Isa:
     """The instruction set to multiply ``rows`` (None: not known) with: ``isa``, or AVX512's where they are too few for
     AMX, which loads all of a matrix of weights before it multiplies."""
-    return _ISAS["avx512vnni"] if isa.matrices and rows is not None and rows < _LEAST_ROWS else isa
+    return _AVX512VNNI if isa.matrices and rows is not None and rows < _LEAST_ROWS else isa
 
 
 def for_weights(isa: Isa, bits: int, rows: int | None) -> Isa:

@@ -103,10 +103,8 @@ class TiledProduct:
 
     def _matrix_cost(self, tile: Tile, threads: int) -> float:
         high = ceil_div(tile.rows, amx.ROWS)
-        panels, depth = (
-            ceil_div(self.columns, tile.vectors * self.isa.lanes),
-            ceil_div(self.inputs * self.taps, amx.BYTES),
-        )
+        panels = ceil_div(self.columns, tile.vectors * self.isa.lanes)
+        depth = ceil_div(self.inputs * self.taps, amx.BYTES)
         # Products take a cycle a row; loads two rows a cycle, of activations and of weights that are 16 rows.
         loads = 0.5 * (tile.rows + tile.vectors * amx.ROWS)
         step = max(tile.rows * tile.vectors, loads)
