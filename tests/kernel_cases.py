@@ -138,6 +138,7 @@ def build_cases() -> list[Case]:
     ]:
         make.svd_weight_only_linear(rows, inputs, outputs, max_rank, rank, bits, symbolic)
     make.tie()
+    make.int16_limit()
     for rows, inputs, outputs, max_rank, rank, bits, zero_point in [
         (8, 64, 96, 32, 16, 8, 3),
         (5, 30, 50, 21, 9, 6, -128),
@@ -260,6 +261,7 @@ class _Maker:
         w = self.rng.integers(-119, 120, shape).astype("int8")
         w.reshape(-1)[: 1 + w.size // 8] = 119
         w.reshape(-1)[-(1 + w.size // 8) :] = -119
+        w[..., 8:24] //= 4  # int16 holds the sums of more words of these
         return w
 
     def floats(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Array:
@@ -307,6 +309,19 @@ class _Maker:
         args = [x, _numbers(0.02, zero_point), _matrix(w), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
         self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec, tiles), "int8_linear", spec=spec)
+
+    def int16_limit(self) -> None:
+        """Weights of 7 bits by which int16 just holds the sums of two words, beside some by which it does not."""
+        from t3c_compile.backends.tvm.kernels import linear
+
+        x, w = np.full((40, 24), 127, np.int8), np.full((64, 24), 64, np.int8)
+        w[1::2] *= -1
+        w[3, 9] += 2 * np.sign(w[3, 9])
+        w[36, 20] += 2
+        spec = linear.LinearSpec((40,), 24, 64, 7)
+        args = [x, _numbers(1.0, -128), _matrix(w), np.ones(64, np.float32)]
+        expected = _op("int8_linear", x, w, np.ones(64, np.float32), None, 1.0, -128, 7)
+        self.add(args, expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
 
     def tie(self) -> None:
         """A product midway between two float32, and a bias too small for float64 to see beside it, which decides."""

@@ -3,13 +3,14 @@
 A tile of rows x vectors of int32 accumulators stays in registers for the whole reduction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from t3c_compile.backends.tvm.kernels import gemm_pairs
 from t3c_compile.backends.tvm.kernels.emit import (
     CHUNK_ROWS,
     Buffer,
@@ -29,7 +30,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
     when,
 )
-from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, Narrow
+from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
 from t3c_compile.backends.tvm.kernels.product import (
     Epilogue,
     Place,
@@ -75,6 +76,8 @@ def row_sums(isa: Isa, cells: list[Buffer], row: int) -> Expr:
 
 def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
     """Emit the product, as :func:`gemm.multiply` says."""
+    if isa.narrow:
+        tile = gemm_pairs.fitted(tile)
     width, chunk = tile.vectors * isa.lanes, tile.chunk
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)
@@ -102,7 +105,8 @@ def default_tile(isa: Isa, lead: Sequence[int | str], columns: int) -> Tile:
     vectors = min((4, 3, 2), key=partial(_work, isa, rows, columns)) if known and isa.registers >= 24 else isa.panel
     if rows == 1 and not known:
         return Tile(_height(isa, None, vectors), vectors, CHUNK_ROWS)
-    panels, fewest = ceil_div(columns, vectors * isa.lanes), ceil_div(rows, CHUNK_ROWS)
+    most = gemm_pairs.CHUNK_ROWS if isa.narrow else CHUNK_ROWS
+    panels, fewest = ceil_div(columns, vectors * isa.lanes), ceil_div(rows, most)
 
     def cost(parts: int) -> float:
         return (1 + _SET_UP * (parts - fewest)) * _waiting(panels * parts)
@@ -157,10 +161,6 @@ def _add_dot(isa: Isa, cell: Buffer, value: Expr, word: Expr) -> None:
     store(cell, 0, isa.dot(load(cell, 0, isa.lanes), value, word), isa.lanes)
 
 
-def _add_pairs(isa: Isa, narrow: Narrow, cell: Buffer, value: Expr, word: Expr) -> None:
-    store(cell, 0, load(cell, 0, 2 * isa.lanes) + narrow.pairs(value, word), 2 * isa.lanes)
-
-
 def _panel(
     isa: Isa,
     p: Product,
@@ -192,11 +192,16 @@ def _panel(
     # Narrow weights are read from scratch, and asking for more takes longer than the few instructions of a word.
     if isa.fetches and not isa.narrow and panel_bytes > _NEAR_BYTES and columns == tile.vectors * lanes:
         ahead = T.bind(base + (column // BLOCK) * (taps * tap_bytes) + panel_bytes), panel_bytes
-    narrow, turn = isa.narrow, isa.narrow.words(bits) if isa.narrow else isa.turn
-    if narrow or (bits < 8 and isa.narrows_panels and (count is None or count > tile.rows)):
-        weights, at = narrowed_panel(isa, weights, at, taps, words, registers, bits)
-        bits = 8
-    sums = weight_sums(isa, weights, at, taps, words, registers, bits) if static(offset) != 0 else None
+    panel, sums = None, None
+    if isa.narrow:
+        panel = gemm_pairs.narrow_panel(isa, x, weights, at, words, registers, bits)
+        sums = panel.sums
+    else:
+        if bits < 8 and isa.narrows_panels and (count is None or count > tile.rows):
+            weights, at = narrowed_panel(isa, weights, at, taps, words, registers, bits)
+            bits = 8
+        if static(offset) != 0:
+            sums = weight_sums(isa, weights, at, taps, words, registers, bits)
     last = count if count is not None and count <= chunk else T.min(first + chunk, p.rows)
 
     def sweep(rows: int) -> None:
@@ -214,29 +219,7 @@ def _panel(
 
             def add(tap: Index, far: Index, first: Index, count: int) -> None:
                 """The products of ``count`` words from the first on."""
-                if ahead:
-                    for k in range(count):
-                        _fetch(packed, ahead, (number * taps + tap) * words + first + k)
-                if narrow:
-                    short = accumulators(len(acc), registers, 2 * lanes, "int16")
-                    for cell in (cell for line in short for cell in line):
-                        store(cell, 0, fill(T.int16(0), 2 * lanes), 2 * lanes)
-                    for k in range(count):
-                        add_words(short, partial(_add_pairs, isa, narrow), tap, far, first + k, 1)
-                    for line, sums16 in zip(acc, short, strict=True):
-                        for cell, pairs in zip(line, sums16, strict=True):
-                            store(cell, 0, narrow.widened(load(cell, 0, lanes), load(pairs, 0, 2 * lanes)), lanes)
-                else:
-                    add_words(acc, partial(_add_dot, isa), tap, far, first, count)
 
-            def add_words(
-                cells: list[list[Buffer]],
-                dot: Callable[[Buffer, Expr, Expr], None],
-                tap: Index,
-                far: Index,
-                first: Index,
-                count: int,
-            ) -> None:
                 def values(line: int) -> list[Expr]:
                     of_line = places[line * isa.height : (line + 1) * isa.height]
                     return row_words(isa, x.buffer, [place + far + first * isa.word for place in of_line], count)
@@ -244,29 +227,35 @@ def _panel(
                 def word(register: int, k: int) -> Expr:
                     return weight_words(isa, weights, at(register, tap, first + k), bits)
 
+                if ahead:
+                    for k in range(count):
+                        _fetch(packed, ahead, (number * taps + tap) * words + first + k)
                 # Of activations and weights the fewer wait in registers for the others, which come one by one.
-                if count > 1 or len(cells) <= registers:
-                    held = [values(i) for i in range(len(cells))]
+                if count > 1 or len(acc) <= registers:
+                    held = [values(i) for i in range(len(acc))]
                     for k in range(count):
                         for v in range(registers):
                             weight = word(v, k)
-                            for line, value in zip(cells, held, strict=True):
-                                dot(line[v], value[k], weight)
+                            for line, value in zip(acc, held, strict=True):
+                                _add_dot(isa, line[v], value[k], weight)
                 else:
                     words_held = [word(v, 0) for v in range(registers)]
-                    for i, line in enumerate(cells):
+                    for i, line in enumerate(acc):
                         value = values(i)[0]
                         for cell, weight in zip(line, words_held, strict=True):
-                            dot(cell, value, weight)
+                            _add_dot(isa, cell, value, weight)
 
-            turns, rest = divmod(words, turn)
-            with x.taps() as (tap, far):
-                if turns:
-                    with T.serial(0, turns) as i:
-                        add(tap, far, i * turn, turn)
-                if rest:
-                    with T.serial(0, rest) as k:
-                        add(tap, far, turns * turn + k, 1)
+            if panel:
+                gemm_pairs.add_products(acc, x.buffer, places, panel)
+            else:
+                turns, rest = divmod(words, isa.turn)
+                with x.taps() as (tap, far):
+                    if turns:
+                        with T.serial(0, turns) as i:
+                            add(tap, far, i * isa.turn, isa.turn)
+                    if rest:
+                        with T.serial(0, rest) as k:
+                            add(tap, far, turns * isa.turn + k, 1)
             for r in range(rows):
 
                 def finish(r: int = r) -> None:
@@ -275,7 +264,7 @@ def _panel(
                         valid = min(lanes, columns - v * lanes)
                         cells = line[v * isa.height : (v + 1) * isa.height]
                         total = row_sums(isa, cells, r)
-                        if narrow:
+                        if panel:
                             total = T.bind(total << fill(T.int32(8 - p.bits), lanes))
                         epilogue(row + r, group * p.columns + column + v * lanes, valid, total)
 

@@ -14,31 +14,10 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.targets import Target, require_cpu
-from t3c_compile.passes.ops.nested import WEIGHT_QMAX
 
 QUAD = 4  # int8 values a lane
 BLOCK = 16  # outputs a packed weight block
 _LEAST_ROWS = 4  # from which on AMX was measured to be no slower
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """Products of weights of fewer than 8 bits, as whole numbers of their own width: int16 holds the sums of several
-    words.
-
-    ``pairs(activations, weights)``: products of neighbours added up, uint8 x 4 lanes, int8 x 4 lanes, int16 x 2 lanes.
-    ``widened(acc, pairs)`` adds such sums to int32 x lanes.
-    """
-
-    pairs: Callable[[Expr, Expr], Expr]
-    widened: Callable[[Expr, Expr], Expr]
-
-    @staticmethod
-    def words(bits: int) -> int:
-        """Words whose pairs int16 holds the sum of: a power of two."""
-        step = 1 << (8 - bits)
-        most = (WEIGHT_QMAX + step // 2) // step
-        return 1 << (0x7FFF // (2 * 0xFF * most)).bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +31,7 @@ class Isa:
     ``narrows_panels``: weights of fewer bits are rounded once for a task's rows, not for each tile, because rounding
     takes the units that ``dot`` does.
     ``panel``: vectors side by side in a tile that is not tuned.
-    ``narrow``: set where the weights have fewer bits and are multiplied so, see :func:`for_weights`.
+    ``narrow``: weights of fewer bits are multiplied as whole numbers of their own width, see ``gemm_pairs.py``.
     ``matrices``: AMX multiplies whole matrices of such words, signed or not, see ``gemm_amx.py``; all else is AVX512's.
     """
 
@@ -65,7 +44,7 @@ class Isa:
     turn: int = 1
     narrows_panels: bool = False
     panel: int = 4
-    narrow: Narrow | None = None
+    narrow: bool = False
     matrices: bool = False
 
     @property
@@ -168,8 +147,7 @@ _ISAS = {
 }
 
 
-# Three rows of two vectors leave registers for the int16 sums.
-_NARROW = {"avx2": Isa("avx2", 8, 6, True, _avx2_narrow_dot, panel=2, narrow=Narrow(_avx2_pairs, _avx2_widened))}
+_NARROW = {"avx2": Isa("avx2", 8, 8, True, _avx2_narrow_dot, narrow=True)}
 
 
 def for_rows(isa: Isa, rows: int | None) -> Isa:

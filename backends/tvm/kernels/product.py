@@ -132,8 +132,7 @@ def spread_word(isa: Isa, buffer: Buffer, index: Index) -> Expr:
 def narrowed_panel(
     isa: Isa, weights: Buffer, at: Place, taps: int, words: int, count: int, bits: int
 ) -> tuple[Buffer, Place]:
-    """The ``count`` registers of weights at each word, rounded to ``bits``, in scratch; ``isa.narrow`` takes them as
-    whole numbers of that width."""
+    """The ``count`` registers of weights at each word, rounded to ``bits``, in scratch."""
     size = isa.lanes * QUAD
     panel = T.alloc_buffer((taps * words * count * size,), "int8")
 
@@ -143,7 +142,7 @@ def narrowed_panel(
     with T.serial(0, taps) as tap, T.serial(0, words) as k:
         for v in range(count):
             word = weight_words(isa, weights, at(v, tap, k), bits)
-            store(panel, place(v, tap, k), word >> fill(T.int8(8 - bits), size) if isa.narrow else word, size)
+            store(panel, place(v, tap, k), word, size)
     return panel, place
 
 
