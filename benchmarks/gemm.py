@@ -1,10 +1,10 @@
-"""How near to the core's peak the int8 and float32 products run: ``python -m benchmarks.gemm [--threads 1]``.
+"""How near to the core's peak the int8 and float32 products run: ``python -m benchmarks.gemm [--bits 8 7]``.
 
 The peak is measured beside them: the same dot product (int8) or fused multiply-add (float32) on registers and a few
 cached bytes. Products are whole kernels with their epilogue: int8 reads and writes int8, float32 reads and writes
 float32; weights are packed and lie in cache as far as they fit. Every round runs each once, in turn; a figure is the
 share of the median peak that the median round reached. Results go to ``benchmarks/results/gemm.json``, in place of
-those of the same CPU.
+those of the same CPU. Weights of fewer bits are compared with the peak at 8.
 """
 
 import argparse
@@ -72,13 +72,15 @@ def float_peak() -> Case:
     return 2 * _FLOAT_STEPS * isa.registers * isa.lanes, _call(compiled(function.func), [x, y])
 
 
-def int8_product(rows: int, inputs: int, outputs: int) -> Case:
+def int8_product(bits: int, rows: int, inputs: int, outputs: int) -> Case:
     isa, random = isa_for(host_target()), np.random.default_rng(0)
-    spec = LinearSpec((rows,), inputs, outputs, 8, bias=True, finish=Finish((), floats=False, quantized=1))
+    # As weights are: what AVX2 does with narrow ones depends on how large their neighbours are.
+    weights = random.normal(0, 34, words_of_matrix(isa, (outputs, inputs)).shape)
+    spec = LinearSpec((rows,), inputs, outputs, bits, bias=True, finish=Finish((), floats=False, quantized=1))
     arguments = [
         random.integers(-128, 128, (rows, inputs), np.int8),
         np.array([0.02, -3], np.float32),
-        random.integers(-119, 120, words_of_matrix(isa, (outputs, inputs)).shape, np.int8),
+        weights.clip(-119, 119).astype(np.int8),
         np.full(outputs, 1e-3, np.float32),
         np.ones(outputs, np.float32),
         np.array([20, 0], np.float32),
@@ -111,13 +113,15 @@ def rates(cases: dict[str, Case]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    threads = parser.parse_args().threads
+    parser.add_argument("--bits", type=int, nargs="+", default=[8], help="of the weights of integer products")
+    arguments = parser.parse_args()
+    threads = arguments.threads
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
     console, cpu = Console(), cpu_of(host_target())
     results = [result for result in json.loads(RESULTS.read_text()) if result["cpu"] != cpu] if RESULTS.exists() else []
     makers: tuple[tuple[str, Case, Callable[[int, int, int], Case]], ...] = (
-        ("int8", int8_peak(), int8_product),
+        *((f"int{bits}", int8_peak(), partial(int8_product, bits)) for bits in arguments.bits),
         ("float32", float_peak(), float_product),
     )
     for dtype, of_core, product in makers:

@@ -24,6 +24,7 @@ from t3c_compile.passes.ops.nested import WEIGHT_QMAX
 _LANES = 8
 _SIZE = _LANES * QUAD  # bytes a register
 _REGISTERS = 16
+_ROWS = 8  # of a tile, at most
 CHUNK_ROWS = 256  # of a task: what rounding takes, more rows have to pay back than elsewhere
 _LINE_END = "\\0A"
 _WORDS = 4  # that are added up in int16 at most: more gain nothing
@@ -64,9 +65,9 @@ def words_for(bits: int) -> int:
 
 def fitted(tile: Tile) -> Tile:
     """``tile`` with no more sums than registers: beside them there are the weights' ones, a word of a row, its products
-    of each vector, and one more."""
+    of each vector, and one more. Rows take a register for addresses each."""
     vectors = min(tile.vectors, 4)
-    return Tile(min(tile.rows, (_REGISTERS - 3 - vectors) // vectors), vectors, tile.chunk)
+    return Tile(min(tile.rows, _ROWS, (_REGISTERS - 3 - vectors) // vectors), vectors, tile.chunk)
 
 
 def narrow_panel(isa: Isa, x: Rows, weights: Buffer, at: Place, words: int, vectors: int, bits: int) -> Panel:

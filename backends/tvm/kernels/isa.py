@@ -17,7 +17,7 @@ from t3c_compile.backends.targets import Target, require_cpu
 
 QUAD = 4  # int8 values a lane
 BLOCK = 16  # outputs a packed weight block
-_LEAST_ROWS = 4  # from which on AMX was measured to be no slower
+_LEAST_ROWS = 4  # from which on AMX, and narrow weights, were measured to be no slower
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ _ISAS = {
 }
 
 
-_NARROW = {"avx2": Isa("avx2", 8, 8, True, _avx2_narrow_dot, narrow=True)}
+_NARROW = {"avx2": Isa("avx2-narrow", 8, 8, True, _avx2_narrow_dot, narrow=True)}
 
 
 def for_rows(isa: Isa, rows: int | None) -> Isa:
@@ -159,7 +159,7 @@ def for_rows(isa: Isa, rows: int | None) -> Isa:
 def for_weights(isa: Isa, bits: int, rows: int | None) -> Isa:
     """The instruction set to multiply many (or unknown) ``rows`` with weights of ``bits``: ``isa`` or one of its own,
     which has activations in another form."""
-    few = rows is not None and rows <= isa.registers
+    few = rows is not None and rows < _LEAST_ROWS
     return for_rows(isa, rows) if bits == 8 or few else _NARROW.get(isa.name, for_rows(isa, rows))
 
 

@@ -9,7 +9,7 @@ import tvm
 from t3c_compile.backends.tvm.kernels.conv import ChainSpec, ConvSpec, conv_chain, every_pixel, int8_conv2d
 from t3c_compile.backends.tvm.kernels.emit import Sizes, plain, size_at, symbol_name
 from t3c_compile.backends.tvm.kernels.gemm import default_tile
-from t3c_compile.backends.tvm.kernels.isa import Isa, for_rows
+from t3c_compile.backends.tvm.kernels.isa import Isa, for_weights
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear, svd_linear
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.tuning.products import TiledProduct
@@ -36,10 +36,12 @@ class Workload:
     def key(self) -> str:
         """The shape in words; every symbolic dimension is ``n``.
 
-        Without what leaves the order of tiles as it is: widths, biases, how images are read and what a kernel ends with
-        (the same work for every element, whatever the tile), and the store's ranks, which are only a stride.
+        Without what leaves the order of tiles as it is: biases, how images are read and what a kernel ends with (the
+        same work for every element, whatever the tile), the store's ranks, which are only a stride, and widths, but
+        that AVX2 has a kernel of its own for narrow ones.
         """
-        s, isa = self.spec, self.isa.name
+        s = self.spec
+        isa = for_weights(self.isa, s.bits, None).name
         if isinstance(s, LinearSpec):
             template = f"svd_linear rank={s.rank}" if s.max_rank else "int8_linear"
             return f"{isa} {template} rows={_key_of(*s.lead)} {s.inputs}->{s.outputs}"
@@ -85,7 +87,8 @@ class Workload:
         self, sizes: Sizes, lead: tuple[int | str, ...], inputs: int, outputs: int, taps: int = 1, groups: int = 1
     ) -> TiledProduct:
         rows = prod(size_at(size, sizes) for size in lead)
-        isa = for_rows(self.isa, rows if all(isinstance(size, int) for size in lead) else None)
+        known = rows if all(isinstance(size, int) for size in lead) else None
+        isa = for_weights(self.isa, self.spec.bits, known)
         return TiledProduct(isa, default_tile(isa, lead, outputs, inputs * taps), rows, outputs, inputs, taps, groups)
 
     def operations(self, sizes: Sizes) -> int:
