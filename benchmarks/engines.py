@@ -36,6 +36,15 @@ INT8_PEERS = ("onnxruntime_int8", "openvino_int8", "executorch_int8")
 _CALIBRATION = 8
 
 
+def cpu_name() -> str:
+    """This machine's CPU family, and the instruction set that it lets kernels use: virtual machines may hide some."""
+    from t3c_compile.backends.targets import host_target
+    from t3c_compile.backends.tvm.tuning.records import cpu_of
+
+    target = host_target()
+    return f"{cpu_of(target)} {target.simd}"
+
+
 def builder(name: str) -> "Builder":
     """One of ``examples/models``."""
     from examples.models import language, vision

@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from tvm.tirx.script.builder import ir as T
 
+from benchmarks.engines import cpu_name
 from benchmarks.gemv import compiled
 from t3c_compile.backends.targets import host_target
 from t3c_compile.backends.tvm.kernels.emit import accumulators, fill, load, prim_func, store
@@ -33,7 +34,6 @@ from t3c_compile.backends.tvm.kernels.isa import isa_for
 from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear
 from t3c_compile.backends.tvm.kernels.pack import lanes_of_matrix, words_of_matrix
 from t3c_compile.backends.tvm.tuning.peak import peak, peak_arguments, peak_operations
-from t3c_compile.backends.tvm.tuning.records import cpu_of
 
 RESULTS = Path(__file__).parent / "results/gemm.json"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 197, 256, 512)
@@ -118,7 +118,7 @@ def main() -> None:
     threads = arguments.threads
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
-    console, cpu = Console(), cpu_of(host_target())
+    console, cpu = Console(), cpu_name()
     results = [result for result in json.loads(RESULTS.read_text()) if result["cpu"] != cpu] if RESULTS.exists() else []
     makers: tuple[tuple[str, Case, Callable[[int, int, int], Case]], ...] = (
         *((f"int{bits}", int8_peak(), partial(int8_product, bits)) for bits in arguments.bits),

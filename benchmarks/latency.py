@@ -24,9 +24,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.engines import ENGINES, INT8_PEERS
-from t3c_compile.backends.targets import host_target
-from t3c_compile.backends.tvm.tuning.records import cpu_of
+from benchmarks.engines import ENGINES, INT8_PEERS, cpu_name
 from t3c_compile.show import show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +144,7 @@ def compare(model: str, batch: int, threads: int, engines: list[str], bar: Progr
             }
         )
     load = round(os.getloadavg()[0], 2)
-    case = {"cpu": cpu_of(host_target()), "model": model, "batch": batch, "threads": threads, "load": load}
+    case = {"cpu": cpu_name(), "model": model, "batch": batch, "threads": threads, "load": load}
     return [case | row for row in sorted(rows, key=lambda row: -row.get("ms", 1e9))]
 
 
@@ -163,7 +161,7 @@ def main() -> None:
         for model in chosen.models:
             for batch in chosen.batch:
                 for threads in chosen.threads:
-                    case = (cpu_of(host_target()), model, batch, threads)
+                    case = (cpu_name(), model, batch, threads)
                     kept = [row for row in kept if (row["cpu"], row["model"], row["batch"], row["threads"]) != case]
                     results += compare(model, batch, threads, chosen.engines, bar)
                     RESULTS.parent.mkdir(exist_ok=True)

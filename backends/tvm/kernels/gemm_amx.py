@@ -6,7 +6,7 @@ is AVX512's: it works on the block before while the unit multiplies.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -30,7 +30,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
-from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, narrowed_panel, weight_sums
+from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, joined, narrowed_panel, weight_sums
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _TASKS = 8  # into which a product is cut at least, so that it divides well between threads
@@ -63,7 +63,7 @@ def spans(panels: int, parts: int) -> int:
 
 def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
     """Emit the product, as :func:`gemm.multiply` says."""
-    p, x = _joined(p, x)
+    p, x = joined(p, x)
     cut = _cut(p, x, tile)
     width = tile.vectors * BLOCK
     panels, share = ceil_div(p.columns, width), ceil_div(tile.chunk, cut.high * ROWS) * cut.high
@@ -112,15 +112,6 @@ def _cut(p: Product, x: Rows, tile: Tile) -> _Cut:
             return held(T.min(tile * rows, p.rows - rows))
 
     return _Cut(tiles, rows, high if count is None else min(high, tiles), first)
-
-
-def _joined(p: Product, x: Rows) -> tuple[Product, Rows]:
-    """The same product with taps that lie one after the other, in activations as in weights, as inputs of one tap."""
-    inputs = ceil_div(p.inputs, QUAD) * QUAD
-    if x.kernel[1] == 1 or x.tap_step != inputs or p.stored_inputs > inputs or p.groups > 1:
-        return p, x
-    inputs *= x.kernel[1]
-    return replace(p, inputs=inputs, stored_inputs=inputs), replace(x, kernel=(x.kernel[0], 1))
 
 
 class _Task:

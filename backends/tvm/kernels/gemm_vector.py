@@ -36,6 +36,7 @@ from t3c_compile.backends.tvm.kernels.product import (
     Place,
     Product,
     Rows,
+    joined,
     narrowed_panel,
     spread_word,
     weight_sums,
@@ -77,7 +78,7 @@ def row_sums(isa: Isa, cells: list[Buffer], row: int) -> Expr:
 def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
     """Emit the product, as :func:`gemm.multiply` says."""
     if isa.narrow:
-        tile = gemm_pairs.fitted(tile)
+        (p, x), tile = joined(p, x), gemm_pairs.fitted(tile)
     width, chunk = tile.vectors * isa.lanes, tile.chunk
     whole, rest = divmod(p.columns, width)
     panels = ceil_div(p.columns, width)

@@ -7,7 +7,7 @@ prefix and any width, and needs nothing stored.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -77,6 +77,15 @@ class Rows:
             return
         with T.serial(0, self.kernel[0]) as ky, T.serial(0, self.kernel[1]) as kx:
             yield T.bind(ky * self.kernel[1] + kx), T.bind(self.shift(ky, kx))
+
+
+def joined(p: Product, x: Rows) -> tuple[Product, Rows]:
+    """The same product with taps that lie one after the other, in activations as in weights, as inputs of one tap."""
+    inputs = ceil_div(p.inputs, QUAD) * QUAD
+    if x.kernel[1] == 1 or x.tap_step != inputs or p.stored_inputs > inputs or p.groups > 1:
+        return p, x
+    inputs *= x.kernel[1]
+    return replace(p, inputs=inputs, stored_inputs=inputs), replace(x, kernel=(x.kernel[0], 1))
 
 
 def row_stride(inputs: int) -> int:
