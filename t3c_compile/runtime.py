@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,11 @@ class ProfileInfo:
     certificate: Mapping[str, Any]
     drift_bound: float | None = None
     energy_source: str = ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is the full model in float32."""
+        return all(option["bits"] == 32 for option in self.options.values())
 
     @property
     def needs(self) -> dict[str, float]:
@@ -198,7 +204,8 @@ class Session:
 
         The first time that the drifts seen contradict the certificate at level ``significance``, a
         :class:`~t3c_compile.monitor.DriftWarning` is given: inputs are not distributed as the calibration samples.
-        The calls are drawn by ``seed``. A fraction of 0 ends the watch.
+        The calls are drawn by ``seed``. A fraction of 0 ends the watch. Where the greatest profile is not the full
+        model, a warning says what is not seen.
 
         Raises:
             CertificateError: the artifact is not certified for this target.
@@ -206,6 +213,14 @@ class Session:
         certificate = self._certified()
         bounds = [entry.to_greatest for entry in certificate.profiles]
         self._monitor = Monitor(bounds, certificate.alpha, fraction, significance, seed)
+        greatest = self.profiles[-1]
+        if fraction and not greatest.is_full:
+            warnings.warn(
+                f"the monitor compares with {greatest.name}, which is not the full model: inputs that make both drift "
+                "alike are not seen; an artifact from snap(..., full_model=True) sees them",
+                UserWarning,
+                stacklevel=2,
+            )
         return self._monitor
 
     def governor(self, slo_ms: float, violations: float = 0.01) -> Governor:
