@@ -3,8 +3,8 @@
 The load is what a call took over what its profile took when it was measured; it tells what a call of another profile
 would take now. With ``n`` calls a window, one in ``n`` may be late:
 
-- **Down on two.** Two late calls in a window lower the profile at once, by one step at least: to the greatest that would
-  have been in time at the median load of the last three calls, with room for what else the late ones took. What
+- **Down on two.** Two late calls in a window lower the profile at once, by one step at least: to the greatest that
+  would have been in time at the median load of the last three calls, with room for what else the late ones took. What
   interrupts a call takes its time in every profile. Of a profile just raised, one late call is enough.
 - **Up on n.** Where none of the last ``n`` calls would have been late in the next profile either, with a margin, that
   one is tried. Of n + 1 exchangeable values the last is the greatest with probability 1 / (n + 1), so a trial that the

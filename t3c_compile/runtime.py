@@ -226,7 +226,8 @@ class Session:
     def governor(self, slo_ms: float, violations: float = 0.01) -> Governor:
         """From now on a :class:`~t3c_compile.governor.Governor` chooses the profile of every call, in place of an
         earlier one: the greatest that keeps calls within ``slo_ms``, from :meth:`run` called to its return, waiting for
-        other threads included. It begins with a lesser one, and rises as calls show what interrupts them. Ended by :meth:`set_budget`, :meth:`set_profile`, or a call with a budget.
+        other threads included. It begins with a lesser one, and rises as calls show what interrupts them. Ended by
+        :meth:`set_budget`, :meth:`set_profile`, or a call with a budget.
 
         Args:
             slo_ms: milliseconds a call may take.

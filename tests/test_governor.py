@@ -101,9 +101,7 @@ def test_single_spikes_change_nothing(seed: int) -> None:
 @pytest.mark.parametrize(("milliseconds", "level"), [(0.4, 4), (1.0, 3), (1.5, 2), (2.0, 1), (2.4, 0)])
 def test_room_is_kept_for_interruptions(milliseconds: float, level: int, seed: int) -> None:
     """Two calls late, then at once the greatest profile with room for such interruptions; no other is late, ever."""
-    trace = run(
-        lambda _: 1.0, 5000, seed=seed, noise=0.01, interruption=lambda call: milliseconds * (call % 40 == 30)
-    )
+    trace = run(lambda _: 1.0, 5000, seed=seed, noise=0.01, interruption=lambda call: milliseconds * (call % 40 == 30))
     assert trace.late.sum() == 2 * (level < 4)
     assert trace.switches == (level < 4)
     assert (trace.levels[100:] == level).all()
