@@ -147,7 +147,7 @@ def llama(folder: Path) -> Certified:
         starts = np.random.default_rng(seed).integers(len(text) - TOKENS, size=count)
         return text[starts[:, None] + np.arange(TOKENS)].astype(samples.dtype)
 
-    return Certified(*_kept(folder, make), samples, draw, 6000)
+    return Certified(*_kept(folder, make), samples, draw, 16_000)
 
 
 BUILDERS: dict[str, Callable[[Path], Certified]] = {
