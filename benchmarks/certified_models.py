@@ -38,7 +38,7 @@ class Certified:
         calibration: the batches that snap had.
         samples: test inputs; nothing was fitted to them.
         draw: a number of inputs drawn from what the test inputs come from, by a seed.
-        fresh: how many of those shares are counted on.
+        fresh: how many make a pool.
     """
 
     path: Path
@@ -119,7 +119,7 @@ def digits(name: str, folder: Path) -> Certified:
 def llama(folder: Path) -> Certified:
     """The paper's small Llama over the bytes of Python's library, in texts of :data:`TOKENS` bytes; draws are texts
     from any place of the test files."""
-    from benchmarks.paper import t3c, tasks
+    from benchmarks.paper import files, t3c, tasks
     from benchmarks.paper.training import trained_float
     from t3c_compile.training import train
 
@@ -141,13 +141,13 @@ def llama(folder: Path) -> Certified:
         calibration, labels = task.calibration_inputs(), task.labels(task.calibration)
         return elastic, calibration, snap(elastic.eval(), calibration, [target], labels, controller)
 
-    text = np.concatenate([part.numpy().ravel() for part in whole.test.tensors[:1]])
+    text = np.frombuffer(files.split_files(tasks.library_files())[2], np.uint8)
 
     def draw(count: int, seed: int) -> Array:
         starts = np.random.default_rng(seed).integers(len(text) - TOKENS, size=count)
-        return text[starts[:, None] + np.arange(TOKENS)]
+        return text[starts[:, None] + np.arange(TOKENS)].astype(samples.dtype)
 
-    return Certified(*_kept(folder, make), samples, draw, 2000)
+    return Certified(*_kept(folder, make), samples, draw, 16_000)
 
 
 BUILDERS: dict[str, Callable[[Path], Certified]] = {

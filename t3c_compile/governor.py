@@ -3,13 +3,16 @@
 The load is what a call took over what its profile took when it was measured; it tells what a call of another profile
 would take now. With ``n`` calls a window, one in ``n`` may be late:
 
-- **Down on two.** Two late calls in a window lower the profile at once, to the greatest that would have been in time at
-  the median load of the last three calls, by one step at least. Of a profile just raised, one late call is enough.
+- **Down on two.** Two late calls in a window lower the profile at once, by one step at least: to the greatest that
+  would have been in time at the median load of the last three calls, with room for what else the late ones took. What
+  interrupts a call takes its time in every profile. Of a profile just raised, one late call is enough.
 - **Up on n.** Where none of the last ``n`` calls would have been late in the next profile either, with a margin, that
   one is tried. Of n + 1 exchangeable values the last is the greatest with probability 1 / (n + 1), so a trial that the
   prediction was right about is late no more often than is allowed.
 - **Backoff.** A profile whose trial fails (it is late within ``n`` calls) waits twice as long for the next one, unless
   the load has fallen by the margin since: where the prediction is wrong, or load comes and goes, switching dies out.
+
+What interrupts calls on a machine shows only after many of them, so it begins low: with :data:`HEADROOM`.
 
 Fast down, slow up is how TCP keeps a link busy and not congested (D. Chiu and R. Jain, "Analysis of the increase and
 decrease algorithms for congestion avoidance", 1989, https://doi.org/10.1016/0169-7552(89)90019-6); doubling the wait
@@ -25,6 +28,8 @@ from t3c_compile.passes.errors import T3CError
 
 MARGIN = 1.1
 """A profile is tried where it is predicted to be in time with this factor to spare."""
+HEADROOM = 1.5
+"""A call of the profile to begin with may take longer than its budgeted latency by this factor."""
 MOST_BACKOFF = 64
 """In windows: how long a profile waits at the most for its next trial."""
 
@@ -52,7 +57,8 @@ class Governor:
         self._lock = threading.Lock()
         self._loads: deque[float] = deque(maxlen=self._window)
         self._calls_here = 0
-        self._late_at: int | None = None
+        # The last late call: the how many-eth here it was, and its milliseconds.
+        self._late: tuple[int, float] | None = None
         # By level, what is known of its trials: how many windows the next one waits, and the least load one failed at.
         self._backoff = [1] * len(costs)
         self._failed_at = [0.0] * len(costs)
@@ -73,22 +79,32 @@ class Governor:
                 return
             self._loads.append(latency_ms / self._costs[level])
             if late:
-                self._take_in_late()
+                self._take_in_late(latency_ms)
             elif level + 1 < len(self._costs):
                 self._consider_next()
             if self._trial is not None and self._calls_here > self._window:
                 self._backoff[level], self._trial = 1, None
 
-    def _take_in_late(self) -> None:
-        again = self._late_at is not None and self._calls_here - self._late_at < self._window
-        self._late_at = self._calls_here
+    def _take_in_late(self, latency_ms: float) -> None:
+        before, self._late = self._late, (self._calls_here, latency_ms)
         if self._trial is not None:
             first = self._backoff[self.level] == 1
             self._failed_at[self.level] = self._trial if first else min(self._trial, self._failed_at[self.level])
             self._backoff[self.level] = min(2 * self._backoff[self.level], MOST_BACKOFF)
-        if (again or self._trial is not None) and self.level:
-            load = median(list(self._loads)[-3:])
-            fitting = [i for i in range(self.level) if load * self._costs[i] <= self.slo_ms]
+            self._lower([])
+        elif before is not None and self._calls_here - before[0] < self._window:
+            self._lower([before[1], latency_ms])
+
+    def _lower(self, late: list[float]) -> None:
+        """To the greatest profile that is in time at the load of now, with room for what else made calls take ``late``
+        milliseconds here where a profile has it; by one at least."""
+        load = median(list(self._loads)[-3:])
+        interruptions = [max(latency - load * self._costs[self.level], 0.0) for latency in late]
+        for room in (*sorted(interruptions, reverse=True), 0.0):
+            fitting = [i for i in range(self.level) if load * self._costs[i] + room <= self.slo_ms]
+            if fitting:
+                break
+        if self.level:
             self._switch(fitting[-1] if fitting else 0, trial=None)
 
     def _consider_next(self) -> None:
@@ -103,4 +119,4 @@ class Governor:
     def _switch(self, level: int, trial: float | None) -> None:
         self.level, self._trial = level, trial
         self.switches += 1
-        self._calls_here, self._late_at = 0, None
+        self._calls_here, self._late = 0, None

@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from t3c_compile.backends import cpu, gpu
 from t3c_compile.budget import Budget, BudgetError
 from t3c_compile.conformal import CertificateError, ConformalCertificate
 from t3c_compile.drift import Array, drifts, logits_of
-from t3c_compile.governor import Governor
+from t3c_compile.governor import HEADROOM, Governor
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, open_file, read_manifest
 from t3c_compile.monitor import Monitor
 from t3c_compile.npu import RUN, partition_runner
@@ -61,6 +62,11 @@ class ProfileInfo:
     certificate: Mapping[str, Any]
     drift_bound: float | None = None
     energy_source: str = ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is the full model in float32."""
+        return all(option["bits"] == 32 for option in self.options.values())
 
     @property
     def needs(self) -> dict[str, float]:
@@ -198,7 +204,8 @@ class Session:
 
         The first time that the drifts seen contradict the certificate at level ``significance``, a
         :class:`~t3c_compile.monitor.DriftWarning` is given: inputs are not distributed as the calibration samples.
-        The calls are drawn by ``seed``. A fraction of 0 ends the watch.
+        The calls are drawn by ``seed``. A fraction of 0 ends the watch. Where the greatest profile is not the full
+        model, a warning says what is not seen.
 
         Raises:
             CertificateError: the artifact is not certified for this target.
@@ -206,21 +213,32 @@ class Session:
         certificate = self._certified()
         bounds = [entry.to_greatest for entry in certificate.profiles]
         self._monitor = Monitor(bounds, certificate.alpha, fraction, significance, seed)
+        greatest = self.profiles[-1]
+        if fraction and not greatest.is_full:
+            warnings.warn(
+                f"the monitor compares with {greatest.name}, which is not the full model: inputs that make both drift "
+                "alike are not seen; an artifact from snap(..., full_model=True) sees them",
+                UserWarning,
+                stacklevel=2,
+            )
         return self._monitor
 
     def governor(self, slo_ms: float, violations: float = 0.01) -> Governor:
         """From now on a :class:`~t3c_compile.governor.Governor` chooses the profile of every call, in place of an
         earlier one: the greatest that keeps calls within ``slo_ms``, from :meth:`run` called to its return, waiting for
-        other threads included. Ended by :meth:`set_budget`, :meth:`set_profile`, or a call with a budget.
+        other threads included. It begins with a lesser one, and rises as calls show what interrupts them. Ended by
+        :meth:`set_budget`, :meth:`set_profile`, or a call with a budget.
 
         Args:
             slo_ms: milliseconds a call may take.
-            violations: the share of calls that may take longer. Profiles are raised after ``1 / violations`` calls.
+            violations: the share of calls that may take longer. A profile is raised after ``1 / violations`` calls of
+                which none would have been late, so the fewer may be late, the longer a greater profile waits.
 
         Raises:
             T3CError: one of the two is out of range.
         """
-        fitting = [p.index for p in self.profiles if p.fits(Budget(latency_ms=slo_ms))] if slo_ms > 0 else []
+        roomy = Budget(latency_ms=slo_ms / HEADROOM) if slo_ms > 0 else Budget()
+        fitting = [profile.index for profile in self.profiles if profile.fits(roomy)]
         self._governor = Governor(self._medians, slo_ms, violations, max(fitting, default=0))
         return self._governor
 

@@ -116,8 +116,10 @@ class Artifacts:
         self.opened: list[Path] = []
         if os.environ.get("T3C_FUZZ_OPEN") != "1":
             runtime.VirtualMachine = self._machine  # type: ignore[assignment,misc]
+        # What refuses the good one would refuse all, and nothing were tried.
+        self._use(runtime.load(self.path, "x86_64"))
 
-    def _machine(self, library: Path) -> Any:
+    def _machine(self, library: Path, functions: Any, on_gpu: bool) -> Any:
         self.opened.append(library)
 
         class Machine:

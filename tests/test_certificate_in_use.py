@@ -85,6 +85,28 @@ def test_compared_with_the_greatest_the_bounds_follow_each_input(small: Small, t
         older.run(x, certificate="compared")
 
 
+def test_compared_with_the_full_model_the_bounds_are_the_drift(small: Small, certified: Path) -> None:
+    session, x = t3c_compile.load(certified), samples(200, seed=4)
+    full = small.logits(x)
+    for profile in session.profiles:
+        session.set_profile(profile.name)
+        logits, bounds = session.run(x, certificate="compared")
+        drift = np.linalg.norm(logits.astype(float) - full, axis=1)
+        np.testing.assert_allclose(bounds.drift["l2"], drift, rtol=1e-4, atol=1e-4)
+
+
+def test_a_monitor_says_what_it_does_not_see(small: Small, certified: Path, tmp_path: Path) -> None:
+    path, fit = small.copy(tmp_path, full=False), samples(600, seed=2)
+    certify(path, [fit], small.logits(fit))
+    session = t3c_compile.load(path)
+    with pytest.warns(UserWarning, match=r"compares with p\d+, which is not the full model.*full_model=True"):
+        session.monitor()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.monitor(fraction=0)
+        t3c_compile.load(certified).monitor()
+
+
 def test_a_budget_of_drift_takes_the_cheapest_that_meets_it(certified: Path) -> None:
     session, x = t3c_compile.load(certified), samples(2, seed=4)
     bounds = [profile.drift_bound for profile in session.profiles]

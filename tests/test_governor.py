@@ -13,7 +13,7 @@ from certified import Small, samples
 
 import t3c_compile
 from t3c_compile import Budget, T3CError
-from t3c_compile.governor import MARGIN, MOST_BACKOFF, Governor
+from t3c_compile.governor import HEADROOM, MARGIN, MOST_BACKOFF, Governor
 
 COSTS = (1.0, 1.3, 1.7, 2.2, 3.0)
 WINDOW = 100
@@ -40,14 +40,16 @@ def run(
     seed: int = 0,
     start: int = 4,
     true_costs: Sequence[float] = COSTS,
+    interruption: Load = lambda _: 0.0,
 ) -> Trace:
-    """A program under ``load`` (a factor on all costs), with log-normal noise; ``true_costs`` are this machine's."""
+    """A program under ``load`` (a factor on all costs), with log-normal noise; ``true_costs`` are this machine's, and
+    ``interruption`` is what a call of any profile takes longer by."""
     generator = np.random.default_rng(seed)
     governor = Governor(COSTS, slo, 1 / WINDOW, start)
     levels, late = [], []
     for call in range(calls):
         level = governor.level
-        latency = true_costs[level] * load(call) * np.exp(noise * generator.standard_normal())
+        latency = true_costs[level] * load(call) * np.exp(noise * generator.standard_normal()) + interruption(call)
         governor.observe(level, latency)
         levels.append(level)
         late.append(latency > slo)
@@ -93,6 +95,22 @@ def test_single_spikes_change_nothing(seed: int) -> None:
     trace = run(lambda call: 10.0 if call % (2 * WINDOW + 7) == 50 else 1.0, 10_000, seed=seed, noise=0.01)
     assert trace.switches == 0
     assert trace.late.mean() < 1 / WINDOW
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("milliseconds", "level"), [(0.4, 4), (1.0, 3), (1.5, 2), (2.0, 1), (2.4, 0)])
+def test_room_is_kept_for_interruptions(milliseconds: float, level: int, seed: int) -> None:
+    """Two calls late, then at once the greatest profile with room for such interruptions; no other is late, ever."""
+    trace = run(lambda _: 1.0, 5000, seed=seed, noise=0.01, interruption=lambda call: milliseconds * (call % 40 == 30))
+    assert trace.late.sum() == 2 * (level < 4)
+    assert trace.switches == (level < 4)
+    assert (trace.levels[100:] == level).all()
+
+
+def test_interruptions_that_no_profile_has_room_for_lower_it_by_one() -> None:
+    trace = run(lambda _: 1.0, 100, noise=0.01, interruption=lambda call: 10.0 * (call in (20, 40)))
+    assert (trace.levels[:41] == 4).all()
+    assert (trace.levels[41:] == 3).all()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -164,6 +182,13 @@ def test_a_session_is_governed(small: Small, tmp_path: Path, monkeypatch: pytest
         governor.level = level
         assert session.active.index == level
         assert np.array_equal(session.run(x), expected[level])
+    for profile in session.profiles:
+        # It begins with room, and no lower than that asks for.
+        roomy = profile.needs["latency_ms"] * HEADROOM
+        session.governor(slo_ms=roomy * 1.001)
+        assert session.active.index >= profile.index
+        session.governor(slo_ms=roomy * 0.999)
+        assert session.active.needs["latency_ms"] < profile.needs["latency_ms"] or session.active.index == 0
     governor = session.governor(slo_ms=1e-6)
     assert session.active.index == 0  # nothing is that fast, but calls are answered
     assert np.array_equal(session.run(x), expected[0])

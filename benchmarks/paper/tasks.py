@@ -174,9 +174,13 @@ def _text() -> Task:
     return _classification("text", parts, len(_PACKAGES))
 
 
+def library_files() -> list[Path]:
+    """The modules of Python's library that are one file."""
+    return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+
+
 def _lm() -> Task:
-    texts = files.split_files(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
-    return _language("lm", texts, 1600)
+    return _language("lm", files.split_files(library_files()), 1600)
 
 
 def text_file_task(path: Path) -> Task:
