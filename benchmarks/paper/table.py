@@ -206,8 +206,8 @@ def _goals(cells: list[Cell]) -> list[str]:
 
 
 def _ablations(task: str, cells: list[Cell]) -> list[str]:
-    cells = [cell for cell in cells if cell["method"] in VARIANTS]
-    if not any(cell["method"] != "t3c" for cell in cells):
+    cells = [cell for cell in cells if cell["method"] in VARIANTS and cell["method"] != "t3c"]
+    if not cells:
         command = f"`{_COMMAND} --tasks {task} --seeds 1 --ablations`"
         return [f"Without one of T3C's parts: {command}\n"]
     methods = {cell["method"] for cell in cells}
