@@ -46,8 +46,12 @@ def layer_chain(layer: ElasticLayer, grid: Grid, pays: Callable[[int], bool] | N
 
 def paying_ranks(layer: ElasticLayer, grid: Grid) -> list[int]:
     """Ranks on the grid at which the factors need fewer multiply-adds than the dense product, evenly thinned to at
-    most ``_MOST_RANKS``, of which the greatest stays."""
-    if layer.form == "dense":
+    most ``_MOST_RANKS``, of which the greatest stays.
+
+    None where the grid has one alone: every profile would lose what is beyond it. The last layer of ten classes at rank
+    8 is such a one, and no layer before it makes up for two logits that depend on the others.
+    """
+    if layer.form == "dense" or layer.max_rank < 2 * grid.rank_multiple:
         return []
     cost, dense = layer_cost(layer), float(layer_cost(layer, "dense").at(0, 8)[0])
     ranks = range(grid.rank_multiple, layer.max_rank + 1, grid.rank_multiple)

@@ -85,9 +85,10 @@ class Controller(nn.Module):
 
     def _shares(self, budget: Tensor) -> Tensor:
         """How far up its chain each group may go, [..., groups] in [0, 1]."""
-        ends = torch.tensor([[0.0], [1.0]], dtype=budget.dtype, device=budget.device).expand(2, len(RESOURCES))
-        ends = self._allowed(ends)
-        return ((self._allowed(budget) - ends[0]) / (ends[1] - ends[0])).amin(-2)
+        budgets = budget.reshape(-1, len(RESOURCES))
+        allowed = self._allowed(torch.cat([torch.zeros_like(budgets[:1]), torch.ones_like(budgets[:1]), budgets]))
+        shares = ((allowed[2:] - allowed[0]) / (allowed[1] - allowed[0])).amin(-2)
+        return shares.reshape(*budget.shape[:-1], -1)
 
     def _allowed(self, budget: Tensor) -> Tensor:
         """Increasing functions of each resource, [..., 3, groups]."""
@@ -172,4 +173,5 @@ def apply_gates(model: nn.Module, gates: Gates, inputs: tuple[Any, ...]) -> Any:
     tensors: dict[str, Tensor] = {}
     for name, (mask, bits) in gates.items():
         tensors |= {f"{prefix}{name}.gate.mask": mask, f"{prefix}{name}.gate.bits": bits}
-    return torch.func.functional_call(model, tensors, inputs)
+    # No two gates are one tensor, and looking for such takes a walk over the model.
+    return torch.func.functional_call(model, tensors, inputs, tie_weights=False)

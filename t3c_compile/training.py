@@ -19,6 +19,7 @@ from t3c_compile.chain import Grid, chains
 from t3c_compile.controller import RESOURCES, Controller, GateTable, apply_gates
 from t3c_compile.groups import layer_groups
 from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers, full_width_known
+from t3c_compile.passes.elastic.layer import first
 from t3c_compile.passes.fit_inputs import require_fitting
 from t3c_compile.passes.graph import ElasticGraphModule
 from t3c_compile.progress import progress_bar
@@ -112,12 +113,19 @@ class ElasticLoss:
         if set(layers) != set(controller.chains):
             raise TrainError("the controller was made for other layers: build its chains from this elastic model")
         self._layers = list(layers.values())
-        self._tables = {name: GateTable(chain, layers[name].max_rank) for name, chain in controller.chains.items()}
+        tables = {name: GateTable(chain, layers[name].max_rank) for name, chain in controller.chains.items()}
+        # Of all layers together, [layers, longest chain] and [layers, longest chain, greatest rank].
+        self._widths = nn.utils.rnn.pad_sequence([table.widths for table in tables.values()], batch_first=True)
+        self._masks = torch.zeros(*self._widths.shape, max(layer.max_rank for layer in self._layers))
+        for of_layer, table in zip(self._masks, tables.values(), strict=True):
+            of_layer[: table.masks.shape[0], : table.masks.shape[1]] = table.masks
+        # By layer: its greatest rank, and by level the next rank that there is.
+        self._ranks = {name: (layers[name].max_rank, table.above) for name, table in tables.items()}
         self._quantizers = [module for module in elastic.modules() if isinstance(module, ActivationQuantizer)]
         self._cost = losses.LevelsCost(elastic, controller.chains, target)
         self._least = {
             name: (table.masks[0, : round(float(table.masks[0].sum()))], table.widths[0])
-            for name, table in self._tables.items()
+            for name, table in tables.items()
         }
         self.start_epoch()
 
@@ -160,14 +168,15 @@ class ElasticLoss:
     def _sampled(self, model: nn.Module, inputs: tuple[Any, ...], teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
         weights, budget = self.weights, self.sample_budget()
         levels = self.controller.sample(budget)
+        masks, widths = (levels[:, None] @ self._masks)[:, 0], (levels * self._widths).sum(-1)
         gates = {
-            name: table.gate(level[: len(table.widths)])
-            for (name, table), level in zip(self._tables.items(), levels, strict=True)
+            name: (first(mask, rank), width)
+            for (name, (rank, _)), mask, width in zip(self._ranks.items(), masks.unbind(), widths.unbind(), strict=True)
         }
         # What is beyond is not multiplied. One option above is, and then closed: its gradient tells what opening it
         # would bring.
         cut = {
-            name: (mask[: self._tables[name].above[place]], bits)
+            name: (first(mask, self._ranks[name][1][place]), bits)
             for (name, (mask, bits)), place in zip(gates.items(), levels.argmax(-1).tolist(), strict=True)
         }
         logits = apply_gates(model, cut, inputs)

@@ -54,6 +54,15 @@ def test_a_grid_too_coarse_leaves_the_layer_dense() -> None:
     assert chains(elastic, Grid(16))["head"] == tuple(Option("dense", 0, bits) for bits in (4, 6, 8))
 
 
+def test_a_layer_of_one_rank_on_the_grid_stays_dense() -> None:
+    """128 to 10: rank 8 takes fewer multiply-adds, and would be every profile's; 128 to 16 has another."""
+    model = nn.Sequential(nn.Linear(128, 10), nn.Linear(10, 128), nn.Linear(128, 16))
+    elastic = transform(model, (torch.randn(4, 128),), Config(rank_multiple=8))
+    layers = dict(elastic_layers(elastic))
+    assert layer_cost(layers["0"]).at(8, 8)[0] < layer_cost(layers["0"], "dense").at(0, 8)[0]
+    assert [paying_ranks(layer, Grid(8)) for layer in layers.values()] == [[], [], [8]]
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("conv", ["tucker2", "cp"])
 def test_cost_is_the_bytes_of_the_store(net: str, conv: str) -> None:
@@ -118,13 +127,9 @@ def test_profiles_are_nested_ordered_and_closer_with_size(net: str) -> None:
     again = ProfileSet.from_json(json.loads(json.dumps(profiles.to_json())))
     assert again == profiles
     for profile in found:
-        elastic.set_options(profile.options)
-        for name, layer in elastic_layers(elastic):
-            layer.set_activations(profile.activations[name])
-        logits = elastic(*calibration[0])
+        logits = specialize(elastic, profile.options, profile.activations)(*calibration[0])
         agreement = float((logits.argmax(1) == labels).float().mean())
         assert agreement == pytest.approx(profile.quality["accuracy"], abs=1e-6)
-    elastic.set_full()
 
 
 def test_quality_is_over_every_token_of_batches_of_several_lengths() -> None:
@@ -223,18 +228,22 @@ def test_snap_needs_calibration_data() -> None:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("conv", ["tucker2", "cp"])
 def test_the_certificate_holds_for_its_share_of_new_inputs_and_is_tight(net: str, conv: str) -> None:
-    """In every profile, on 1000 new inputs; no more than half above the drift that one in a hundred exceeds."""
+    """In every profile: the bound is the one of its calibration samples, such bounds hold for 95% of 1000 new inputs in
+    95% of calibrations (16 of 20, which fewer than 3 in 1000 tests would miss), and it is no more than half above the
+    drift that one in a hundred exceeds."""
     model, inputs = NETS[net]()
     elastic = made(net, conv)
     torch.manual_seed(0)
-    calibration, fresh = ((torch.randn(count, *inputs[0].shape[1:]),) for count in (100, 1000))
+    calibration, fresh, others = ((torch.randn(count, *inputs[0].shape[1:]),) for count in (100, 1000, 20 * 60))
     profiles = snap(elastic, [calibration], [ARM], count=4)
     for profile in profiles.profiles:
         certificate = profile.certificate
         assert certificate["share"] == 0.95
         graph = specialize(elastic, profile.options, profile.activations)
-        drift = observed_drift(model(*fresh), graph(*fresh))
-        assert float((drift <= certificate["bound"]).float().mean()) >= 0.95
+        own, drift, drawn = (observed_drift(model(*x), graph(*x)) for x in (calibration, fresh, others))
+        assert certificate["bound"] == pytest.approx(certified_drift(own)[0], rel=1e-2)
+        held = [float((drift <= certified_drift(of_60)[0]).float().mean()) >= 0.95 for of_60 in drawn.chunk(20)]
+        assert sum(held) >= 16
         assert certificate["bound"] <= 1.5 * float(drift.quantile(0.99))
         assert sum(certificate["layers"].values()) == pytest.approx(certificate["bound"])
     bounds = [p.certificate["bound"] for p in profiles.profiles]

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--float-epochs", type=int, help="of the float32 model, instead of the task's")
     parser.add_argument("--ablations", action="store_true", help="T3C without one of its parts, too")
     parser.add_argument("--steps", action="store_true", help="time a training step, too")
+    parser.add_argument("--untimed", action="store_true", help="leave timing to a run without this, on a quiet machine")
     parser.add_argument("--data", type=Path, help="where the data of image_folder, text_file or glue lies")
     parser.add_argument("--model", default="resnet50", help="of image_folder: a name torchvision knows")
     parser.add_argument("--weights", type=Path, help="of image_folder: the float32 model's state dict")
@@ -73,7 +74,8 @@ def main() -> None:
             for task in tasks:
                 run = Run(task, seed, arguments.results, lambda text: bar.update(whole, description=text), console)
                 run.methods(methods, lambda: bar.advance(whole))
-                run.latency()
+                if not arguments.untimed:
+                    run.latency()
                 if arguments.steps:
                     run.steps()
                 bar.advance(whole, 1 + arguments.steps)

@@ -38,6 +38,8 @@ class Variant:
 
 VARIANTS = {
     "t3c": Variant("all of it"),
+    # What the others stand beside: of the same day's trainer, on the same machine, not deployed either.
+    "t3c-all": Variant("all of it"),
     "t3c-no-whitening": Variant("without whitening: SVD of the weights alone", whitened=False),
     "t3c-no-joint": Variant("without joint rank and bits: 8 bits at every rank", joint=False),
     "t3c-no-distillation": Variant("without self-distillation", distillation=0.0),

@@ -156,7 +156,7 @@ def llama() -> nn.Module:
 
 
 def _classification(name: str, parts: tuple[files.Part, files.Part, files.Part], classes: int) -> Task:
-    return Task(name, "accuracy", partial(bert, classes), *map(_dataset, parts), 16, 12, 2, 4e-4, 1e-4)
+    return Task(name, "accuracy", partial(bert, classes), *map(_dataset, parts), 16, 12, 2, 1e-3, 1e-4)
 
 
 def _language(name: str, texts: tuple[bytes, bytes, bytes], most: int) -> Task:

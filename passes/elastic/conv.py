@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t3c_compile.passes.elastic.forms import TwoFactorLayer, WholeLayer, out_norm
-from t3c_compile.passes.elastic.layer import ElasticLayer
+from t3c_compile.passes.elastic.layer import ElasticLayer, first
+from t3c_compile.passes.ops.fake_quantize import is_known
 from t3c_compile.passes.ops.nested import weight_scale
 from t3c_compile.passes.spectral_norm import matrix_norm
 
@@ -46,12 +47,10 @@ class SvdConv2d(TwoFactorLayer):
         self.conv = conv
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
-        rank = self._open()
-        u, mid = self._rounded_out(self.U[:, :rank])
-        v = self._rounded(self.V[:rank], 1)
-        h = self.conv.convolve(self._quantized("x", x, call), (self._gated(v) if mid is None else v)[:, :, None, None])
+        v, u, mid = self._opened()
+        h = self.conv.convolve(self._quantized("x", x, call), v[:, :, None, None])
         if mid is not None:
-            h = self._quantized("h", h * self._gated(mid[:, None, None]), call)
+            h = self._quantized("h", h * mid[:, None, None], call)
         return pointwise(h, u, self.bias).clone()  # FSDP2 hooks outputs, which may be no views.
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
@@ -92,8 +91,8 @@ class ThreeFactorConv2d(ElasticLayer):
         self.core = nn.Parameter(core.detach().contiguous())
         self.U = nn.Parameter(u.detach().contiguous())
 
-    def _spatial(self, h: Tensor) -> Tensor:
-        """The core's convolution, rounded as the gate says."""
+    def _opened_core(self) -> Tensor:
+        """The core as far as the gate is open, rounded, as the weight of a convolution."""
         raise NotImplementedError
 
     def _core_inner(self) -> tuple[int, ...]:
@@ -101,11 +100,15 @@ class ThreeFactorConv2d(ElasticLayer):
 
     def forward(self, x: Tensor, call: int = 0) -> Tensor:
         rank = self._open()
-        u, out = self._rounded_out(self.U[:, :rank])
+        u, out = self._rounded_out(first(self.U, rank, 1))
         # A middle without a scale of its own: rows of V are closed.
-        v = self._rounded(self._gated(self.V[:rank]), 1)
-        h = pointwise(self._quantized("x", x, call), v)
-        g = self._spatial(self._quantized("h", h, call))
+        v = self._rounded(self._gated(first(self.V, rank)), 1)
+        h = self._quantized("h", pointwise(self._quantized("x", x, call), v), call)
+        core = self._opened_core()
+        if is_known(h) and h.numel() < core.numel():
+            # In one layout with the core, which else is copied into that of ``h``.
+            h = h.contiguous()
+        g = self.conv.convolve(h, core, h.shape[1] // core.shape[1])
         if out is None:
             return pointwise(g, self._gated(u.T).T, self.bias).clone()
         g = self._quantized("g", g * self._gated(out[:, None, None]), call)
@@ -147,12 +150,12 @@ class Tucker2Conv2d(ThreeFactorConv2d):
     form = "tucker2"
     op = torch.ops.t3c.tucker2_conv2d.default
 
-    def _spatial(self, h: Tensor) -> Tensor:
+    def _opened_core(self) -> Tensor:
         rank = self._open()
-        rows = self.core[:rank]
+        rows = first(self.core, rank)
         # Scales are those of the whole rows.
         scale = weight_scale(rows.detach(), self._core_inner())
-        return self.conv.convolve(h, self._rounded(rows[:, :rank], self._core_inner(), scale))
+        return self._rounded(first(rows, rank, 1), self._core_inner(), scale)
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         v, core, u = factors["v"][:rank], factors["core"][:rank, :rank], factors["u"][:rank]
@@ -176,9 +179,8 @@ class CpConv2d(ThreeFactorConv2d):
     form = "cp"
     op = torch.ops.t3c.cp_conv2d.default
 
-    def _spatial(self, h: Tensor) -> Tensor:
-        core = self._rounded(self.core[: self._open()], self._core_inner())
-        return self.conv.convolve(h, core[:, None], groups=h.shape[1])
+    def _opened_core(self) -> Tensor:
+        return self._rounded(first(self.core, self._open()), self._core_inner())[:, None]
 
     def compose(self, factors: dict[str, Tensor], rank: int) -> Tensor:
         v, core, u = (factors[name][:rank] for name in ("v", "core", "u"))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from t3c_compile.passes.elastic.layer import ElasticLayer
+from t3c_compile.passes.elastic.layer import ElasticLayer, first
 from t3c_compile.passes.ops.nested import weight_scale
 from t3c_compile.passes.spectral_norm import matrix_norm
 
@@ -18,6 +18,14 @@ class TwoFactorLayer(ElasticLayer):
         super().__init__(v.shape[0], bias)
         self.V = nn.Parameter(v.detach().contiguous())
         self.U = nn.Parameter(u.detach().contiguous())
+
+    def _opened(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``V`` and ``U`` as far as the gate is open, rounded, and what the middle is multiplied by: it closes what is
+        beyond the rank; where that is None ``V`` does."""
+        rank = self._open()
+        u, mid = self._rounded_out(first(self.U, rank, 1))
+        v = self._rounded(first(self.V, rank), 1)
+        return (self._gated(v), u, None) if mid is None else (v, u, self._gated(mid))
 
     def _multiplied_out(self, rows: int) -> Tensor | None:
         """``U V`` where nothing is rounded and ``rows`` rows times it take less than times the two factors."""

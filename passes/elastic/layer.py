@@ -40,6 +40,8 @@ class ElasticLayer(nn.Module):
     """Names of the int8 tensors between factors: ``h``, then ``g``."""
     unrounded = False
     """Set while the model is known to be at 32 bits, where rounding a weight would only copy it."""
+    ungated = False
+    """Set while every component is known to be open, where closing none would only copy them."""
     float_activations = False
     """Whether activations stay float32, in training as in deployment; see ``ElasticGraphModule``."""
 
@@ -85,7 +87,7 @@ class ElasticLayer(nn.Module):
 
     def _gated(self, h: Tensor) -> Tensor:
         """Close the components of ``h`` [components, ...] that are beyond the rank in use."""
-        if self.gate is None:
+        if self.gate is None or self.ungated:
             return h
         return h * self.gate.mask[: len(h)].reshape(-1, *[1] * (h.dim() - 1))
 
@@ -226,13 +228,19 @@ def elastic_layers(model: nn.Module) -> Iterator[tuple[str, ElasticLayer]]:
 
 @contextmanager
 def full_width_known(elastic: nn.Module) -> Iterator[None]:
-    """Inside, layers at 32 bits use their weights as they are. Else each makes a copy, for a compiled graph cannot ask
-    how wide a layer is. No gate may change meanwhile."""
+    """Inside, layers at 32 bits use their weights as they are, and fully open ones their components. Else each makes
+    copies, for a compiled graph cannot ask how wide a layer is. No gate may change meanwhile."""
     layers = [layer for _, layer in elastic_layers(elastic)]
     for layer in layers:
         layer.unrounded = layer.gate is None or float(layer.gate.bits) >= 32
+        layer.ungated = layer.gate is None or bool((layer.gate.mask == 1).all())
     try:
         yield
     finally:
         for layer in layers:
-            layer.unrounded = False
+            layer.unrounded = layer.ungated = False
+
+
+def first(tensor: Tensor, count: int, dim: int = 0) -> Tensor:
+    """The first ``count`` along ``dim``: all of them without a view, whose gradient would be a copy."""
+    return tensor if count >= tensor.shape[dim] else tensor.narrow(dim, 0, count)

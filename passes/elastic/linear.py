@@ -17,12 +17,10 @@ class SvdLinear(TwoFactorLayer):
         whole = self._multiplied_out(x.numel() // x.shape[-1])
         if whole is not None:
             return F.linear(x, whole, self.bias)
-        rank = self._open()
-        u, mid = self._rounded_out(self.U[:, :rank])
-        v = self._rounded(self.V[:rank], 1)
+        v, u, mid = self._opened()
         if mid is None:
-            return F.linear(F.linear(x, self._gated(v)), u, self.bias)
-        h = F.linear(self._quantized("x", x, call), v) * self._gated(mid)
+            return F.linear(F.linear(x, v), u, self.bias)
+        h = F.linear(self._quantized("x", x, call), v) * mid
         return F.linear(self._quantized("h", h, call), u, self.bias)
 
 
