@@ -71,12 +71,13 @@ def test_size_gives_the_greatest_profile_that_fits(log: pytest.LogCaptureFixture
     model, inputs = mlp()
     elastic = transform(model, inputs)
     profiles = snap(elastic, [inputs], [host_target()]).profiles
-    profile = profiles[-2]
-    size = (profiles[-1].size_bytes - 1) / dense_int8_bytes(elastic)
-    reference = specialize(elastic, profile.options, profile.activations)
     with torch.no_grad():
-        _close(_compiled(model, size=size)(*inputs), reference(*inputs), 1e-3)
-        torch._dynamo.reset()
+        # Of profiles between, which layer goes first may hang on a tie, and with it on the names that dynamo gives.
+        for profile in (profiles[0], profiles[-1]):
+            reference = specialize(elastic, profile.options, profile.activations)
+            size = (profile.size_bytes + 1) / dense_int8_bytes(elastic)
+            _close(_compiled(model, size=size)(*inputs), reference(*inputs), 1e-3)
+            torch._dynamo.reset()
         assert torch.equal(_compiled(model, size=1e-3)(*inputs), model(*inputs))
     assert _said(log, "no profile is within") == 1
 

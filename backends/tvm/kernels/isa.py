@@ -147,7 +147,7 @@ _ISAS = {
 }
 
 
-_NARROW = {"avx2": Isa("avx2-narrow", 8, 8, True, _avx2_narrow_dot, narrow=True)}
+_NARROW = {"avx2": Isa("avx2", 8, 8, True, _avx2_narrow_dot, narrow=True)}
 
 
 def for_rows(isa: Isa, rows: int | None) -> Isa:

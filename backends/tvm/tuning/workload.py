@@ -36,12 +36,10 @@ class Workload:
     def key(self) -> str:
         """The shape in words; every symbolic dimension is ``n``.
 
-        Without what leaves the order of tiles as it is: biases, how images are read and what a kernel ends with (the
-        same work for every element, whatever the tile), the store's ranks, which are only a stride, and widths, but
-        that AVX2 has a kernel of its own for narrow ones.
+        Without what leaves the order of tiles as it is: widths, biases, how images are read and what a kernel ends with
+        (the same work for every element, whatever the tile), and the store's ranks, which are only a stride.
         """
-        s = self.spec
-        isa = for_weights(self.isa, s.bits, None).name
+        s, isa = self.spec, self.isa.name
         if isinstance(s, LinearSpec):
             template = f"svd_linear rank={s.rank}" if s.max_rank else "int8_linear"
             return f"{isa} {template} rows={_key_of(*s.lead)} {s.inputs}->{s.outputs}"
