@@ -69,15 +69,15 @@ def test_dynamic_compiles_once(log: pytest.LogCaptureFixture) -> None:
 def test_size_gives_the_greatest_profile_that_fits(log: pytest.LogCaptureFixture) -> None:
     """What runs is the profile that transform and snap find for the model, equal to its torch reference."""
     model, inputs = mlp()
-    elastic = transform(model, inputs)
+    # As a graph of dynamo's: its batch is one input of one size, of which gains are measured together.
+    elastic = transform(model, inputs, dynamic_shapes=({},))
     profiles = snap(elastic, [inputs], [host_target()]).profiles
+    profile = profiles[-2]
+    size = (profiles[-1].size_bytes - 1) / dense_int8_bytes(elastic)
+    reference = specialize(elastic, profile.options, profile.activations)
     with torch.no_grad():
-        # Of profiles between, which layer goes first may hang on a tie, and with it on the names that dynamo gives.
-        for profile in (profiles[0], profiles[-1]):
-            reference = specialize(elastic, profile.options, profile.activations)
-            size = (profile.size_bytes + 1) / dense_int8_bytes(elastic)
-            _close(_compiled(model, size=size)(*inputs), reference(*inputs), 1e-3)
-            torch._dynamo.reset()
+        _close(_compiled(model, size=size)(*inputs), reference(*inputs), 1e-3)
+        torch._dynamo.reset()
         assert torch.equal(_compiled(model, size=1e-3)(*inputs), model(*inputs))
     assert _said(log, "no profile is within") == 1
 

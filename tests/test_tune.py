@@ -254,7 +254,7 @@ class Simulated(Runner):
 
 # Two to search, of which the first is there at two widths.
 WORKLOADS = {
-    Workload(ISA, LinearSpec((30,), 64, 96, 6, max_rank=32, rank=32)): 2,
+    Workload(ISA, LinearSpec((30,), 64, 96, 8, max_rank=32, rank=32)): 2,
     Workload(ISA, LinearSpec((30,), 64, 96, 4, max_rank=48, rank=32)): 1,
     Workload(ISA, LinearSpec(("s0", 7), 64, 96, 8)): 1,
 }
@@ -283,7 +283,7 @@ def test_search_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> None:
 
     whole = search(tmp_path / "whole.jsonl", Simulated(seconds))
     standings = whole.standings()
-    # Layers of one shape are tuned once at 6 and 4 bits, which have one kernel everywhere.
+    # Layers of one shape are tuned once, whatever their bits.
     assert sorted(s.calls for s in standings) == [1, 3]
     for standing in standings:
         assert standing.source == "tuned"
