@@ -161,7 +161,13 @@ class GateTable:
         is all that components sorted by energy leave to choose. A one-hot ``levels`` gives the level's mask and width
         exactly.
         """
-        return levels @ self.masks, levels @ self.widths
+        return gates_of(levels, self.masks, self.widths)
+
+
+def gates_of(levels: Tensor, masks: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """What :meth:`GateTable.gate` gives, of one layer or of many at once: masks [..., ranks] and widths [...] of
+    ``levels`` [..., options], from ``masks`` [..., options, ranks] and ``widths`` [..., options]."""
+    return (levels[..., None, :] @ masks)[..., 0, :], (levels * widths).sum(-1)
 
 
 def apply_gates(model: nn.Module, gates: Gates, inputs: tuple[Any, ...]) -> Any:

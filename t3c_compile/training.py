@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from t3c_compile import losses, processes
 from t3c_compile.backends.targets import Target, get_target
 from t3c_compile.chain import Grid, chains
-from t3c_compile.controller import RESOURCES, Controller, GateTable, apply_gates
+from t3c_compile.controller import RESOURCES, Controller, GateTable, apply_gates, gates_of
 from t3c_compile.groups import layer_groups
 from t3c_compile.passes.elastic import ActivationQuantizer, Gates, elastic_layers, full_width_known
 from t3c_compile.passes.elastic.layer import first
@@ -168,7 +168,7 @@ class ElasticLoss:
     def _sampled(self, model: nn.Module, inputs: tuple[Any, ...], teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
         weights, budget = self.weights, self.sample_budget()
         levels = self.controller.sample(budget)
-        masks, widths = (levels[:, None] @ self._masks)[:, 0], (levels * self._widths).sum(-1)
+        masks, widths = gates_of(levels, self._masks, self._widths)
         gates = {
             name: (first(mask, rank), width)
             for (name, (rank, _)), mask, width in zip(self._ranks.items(), masks.unbind(), widths.unbind(), strict=True)

@@ -15,8 +15,8 @@ from functools import cache
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, fill, held, load, store, vec
-from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
+from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, fill, held, load, store
+from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa, avx2_pairs, avx2_widened
 from t3c_compile.backends.tvm.kernels.product import Place, Rows, weight_words
 from t3c_compile.backends.tvm.kernels.tile import Tile
 from t3c_compile.passes.ops.nested import WEIGHT_QMAX
@@ -33,15 +33,10 @@ _LIMIT = 0x7FFF // 0xFF  # what weights of one sign may come to whose products a
 
 @dataclass(frozen=True)
 class Steps:
-    """``count`` steps of a reduction, of ``words`` each, of which ``together`` are added up in int16.
+    """``count`` steps of a reduction, of ``words`` each, of which ``together`` are added up in int16: those from
+    ``begin`` on, with their weights from ``first`` on."""
 
-    ``buffer``: their weights, [step, word, vector, 32] from ``first`` on; ``places``: from ``begin`` on, how far each
-    step lies from where a row begins.
-    """
-
-    buffer: Buffer
     first: Index
-    places: Buffer
     begin: Index
     count: Index
     words: int
@@ -50,8 +45,11 @@ class Steps:
 
 @dataclass(frozen=True)
 class Panel:
-    """The steps of a panel of weights; ``sums``: of each column's weights, int32 x 8 a vector."""
+    """A panel of weights in steps: ``weights``, [step, word, vector, 32]; ``places``: how far each step lies from where
+    a row begins; ``sums``: of each column's weights, int32 x 8 a vector."""
 
+    weights: Buffer
+    places: Buffer
     steps: list[Steps]
     sums: list[Buffer]
 
@@ -97,10 +95,6 @@ def narrow_panel(isa: Isa, x: Rows, weights: Buffer, at: Place, words: int, vect
             for v in range(vectors)
         ]
 
-    def add_sums(found: list[list[Expr]]) -> None:
-        for total, of_vector in zip(sums, found, strict=True):
-            store(total, 0, load(total, 0, _LANES) + _widened(_sum_of_pairs(of_vector)), _LANES)
-
     def fits(found: list[list[Expr]]) -> Expr:
         """1 where int16 holds the sums of these words' products, whatever the activations, else 0."""
         worst = fill(T.int16(0), 2 * _LANES)
@@ -114,8 +108,8 @@ def narrow_panel(isa: Isa, x: Rows, weights: Buffer, at: Place, words: int, vect
         for v, of_vector in enumerate(found):
             for k, word in enumerate(of_vector):
                 store(panel, start + (k * vectors + v) * _SIZE, word, _SIZE)
+            store(sums[v], 0, avx2_widened(load(sums[v], 0, _LANES), _sum_of_pairs(of_vector)), _LANES)
         T.buffer_store(places, T.cast(far, "int32"), [step])
-        add_sums(found)
 
     alone = taps * turns * together * size  # where single words begin
     with x.taps() as (tap, far):
@@ -138,25 +132,19 @@ def narrow_panel(isa: Isa, x: Rows, weights: Buffer, at: Place, words: int, vect
     steps = []
     if turns and sorts:
         fast = T.bind(ends[0])
-        steps.append(Steps(panel, 0, places, 0, fast, together, together))
-        steps.append(Steps(panel, fast * (together * size), places, fast, taps * turns - fast, together, safe))
+        steps.append(Steps(0, 0, fast, together, together))
+        steps.append(Steps(fast * (together * size), fast, taps * turns - fast, together, safe))
     elif turns:
-        steps.append(Steps(panel, 0, places, 0, taps * turns, together, together))
+        steps.append(Steps(0, 0, taps * turns, together, together))
     if rest:
-        steps.append(Steps(panel, alone, places, taps * turns, taps * rest, 1, 1))
-    return Panel(steps, sums)
+        steps.append(Steps(alone, taps * turns, taps * rest, 1, 1))
+    return Panel(panel, places, steps, sums)
 
 
 def _sum_of_pairs(words: list[Expr]) -> Expr:
     """Neighbours added up, and those of all words, in int16."""
-    dtype, ones = vec("int16", 2 * _LANES), fill(T.uint8(1), _SIZE)
-    pairs = [T.call_llvm_pure_intrin(dtype, "llvm.x86.avx2.pmadd.ub.sw", ones, word) for word in words]
+    pairs = [avx2_pairs(fill(T.uint8(1), _SIZE), word) for word in words]
     return sum(pairs[1:], pairs[0])
-
-
-def _widened(pairs: Expr) -> Expr:
-    ones = fill(T.int16(1), 2 * _LANES)
-    return T.call_llvm_pure_intrin(vec("int32", _LANES), "llvm.x86.avx2.pmadd.wd", pairs, ones)
 
 
 def add_products(acc: list[list[Buffer]], activations: Buffer, rows: list[Index], panel: Panel) -> None:
@@ -165,7 +153,7 @@ def add_products(acc: list[list[Buffer]], activations: Buffer, rows: list[Index]
         name, definition = _function(len(acc), len(acc[0]), steps.words, steps.together)
         arguments = [T.address_of(cell[0]) for line in acc for cell in line]
         arguments += [T.address_of(activations[row]) for row in rows]
-        arguments += [T.address_of(steps.buffer[steps.first]), T.address_of(steps.places[steps.begin])]
+        arguments += [T.address_of(panel.weights[steps.first]), T.address_of(panel.places[steps.begin])]
         with T.attr(T.int32(0), "pragma_import_llvm", definition):
             T.evaluate(T.call_extern("int32", name, *arguments, T.cast(steps.count, "int64")))
 

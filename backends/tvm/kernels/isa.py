@@ -87,18 +87,18 @@ def _avx2_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
     # |x| as uint8 times sign(x) * w. Weights are within +-119: a pair is at most 2 * 128 * 119, inside int16.
     magnitude = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", activations, activations)
     signed = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", weights, activations)
-    return _avx2_widened(acc, _avx2_pairs(magnitude, signed))
+    return avx2_widened(acc, avx2_pairs(magnitude, signed))
 
 
 def _avx2_narrow_dot(acc: Expr, activations: Expr, weights: Expr) -> Expr:
-    return _avx2_widened(acc, _avx2_pairs(activations, weights))
+    return avx2_widened(acc, avx2_pairs(activations, weights))
 
 
-def _avx2_pairs(activations: Expr, weights: Expr) -> Expr:
+def avx2_pairs(activations: Expr, weights: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", activations, weights)
 
 
-def _avx2_widened(acc: Expr, pairs: Expr) -> Expr:
+def avx2_widened(acc: Expr, pairs: Expr) -> Expr:
     return acc + T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", pairs, T.broadcast(T.int16(1), 16))
 
 
