@@ -32,7 +32,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import Isa
-from t3c_compile.backends.tvm.kernels.rows import LEAST, exponentials, join_lanes
+from t3c_compile.backends.tvm.kernels.rows import LEAST, join_lanes
 from t3c_compile.passes.ops.float_math import PARTIAL_SUMS
 
 _WIDE = PARTIAL_SUMS
@@ -118,7 +118,7 @@ class _Attention:
 
         def sweep(height: int) -> None:
             scores = T.alloc_buffer((height * blocks * _WIDE,), "float32")
-            inverse = T.alloc_buffer((height,), "float32")
+            tops, inverse = (T.alloc_buffer((height,), "float32") for _ in range(2))
             # Where each row lies: read back, these are numbers that no later pass tries to prove anything about.
             tokens, sources, targets, masks = (T.alloc_buffer((height,), "int64") for _ in range(4))
             with T.serial(0, ceil_div(last - first, height)) as number:
@@ -142,16 +142,20 @@ class _Attention:
                     seen = T.bind(T.min(blocks, end // _WIDE + 1))
                 tile = RowTile(row, last, height, sources, targets)
                 scale = products.scores(scores, tile, seen)
+                # Rows in one loop after another: a processor looks ahead to the next row, but not past its maximum.
                 with T.serial(0, height) as r:
-                    self._softmax(scores, inverse, r, T.bind(scale(r)), blocks, seen, tokens[r], masks[r])
+                    self._scale(scores, tops, r, T.bind(scale(r)), blocks, seen, tokens[r], masks[r])
+                with T.serial(0, height) as r:
+                    total = products.exponentials(scores, r, seen, tops[r])
+                    T.buffer_store(inverse, T.float32(1.0) / T.max(total, T.float32(1.0)), [r])
                 products.values(scores, inverse, tile, seen)
 
         by_rows(total if static(total) is None else chunk, products.tallest, sweep)
 
-    def _softmax(
+    def _scale(
         self,
         scores: Buffer,
-        inverse: Buffer,
+        tops: Buffer,
         r: Index,
         scale: Expr,
         blocks: Index,
@@ -159,7 +163,7 @@ class _Attention:
         token: Index,
         line: Index,
     ) -> None:
-        """Scale and mask a row, and replace it by exponentials; one over their sum to ``inverse``."""
+        """Scale and mask a row; its greatest score to ``tops``."""
         start = T.bind(r * (blocks * _WIDE))
         end = T.bind(T.min(self.key_count, token + 1)) if self.spec.causal else self.key_count
         best = T.alloc_buffer((_WIDE,), "float32")
@@ -183,9 +187,7 @@ class _Attention:
             value = T.bind(value)
             store(scores, at, value, _WIDE)
             store(best, 0, T.max(load(best, 0, _WIDE), value), _WIDE)
-        top = join_lanes(load(best, 0, _WIDE), T.max)
-        total = exponentials(scores, start, seen, top)
-        T.buffer_store(inverse, T.float32(1.0) / T.max(total, T.float32(1.0)), [r])
+        T.buffer_store(tops, join_lanes(load(best, 0, _WIDE), T.max), [r])
 
     def _mask_line(self, batch: Index, head: Index, token: Index) -> Index:
         """Where the mask's row starts; 0 where there is none."""

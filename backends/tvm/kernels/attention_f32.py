@@ -13,6 +13,7 @@ from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Head
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, fill, float32, load, static, store, when
 from t3c_compile.backends.tvm.kernels.floats import lanes_for, multiply_tile, tile_shape
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, Isa
+from t3c_compile.backends.tvm.kernels.rows import exponentials
 
 
 class FloatProducts:
@@ -63,6 +64,10 @@ class FloatProducts:
 
         score_panels(self.isa, seen, self.score_vectors, panel)
         return lambda r: float32(self.spec.scale)
+
+    def exponentials(self, scores: Buffer, r: Index, seen: Index, top: Expr) -> Expr:
+        """Replace row r by its exponentials; their sum."""
+        return exponentials(scores, T.bind(r * (self.blocks * BLOCK)), seen, top)
 
     def values(self, scores: Buffer, inverse: Buffer, tile: RowTile, seen: Index) -> None:
         """The tile's rows of exponentials times the values, to the output."""

@@ -17,6 +17,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     fill,
     float32,
     load,
+    prefetch,
     static,
     store,
     vec,
@@ -25,10 +26,11 @@ from t3c_compile.backends.tvm.kernels.emit import (
 from t3c_compile.backends.tvm.kernels.floats import tile_shape
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
 from t3c_compile.backends.tvm.kernels.product import spread_word
-from t3c_compile.backends.tvm.kernels.rows import join_lanes, to_whole, whole_numbers
+from t3c_compile.backends.tvm.kernels.rows import exponentials, join_lanes, to_whole, whole_numbers
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM, MOST, STEP
 
 _WORDS = BLOCK * QUAD  # bytes a block of words
+_AHEAD = 8  # rows
 
 
 class IntegerProducts:
@@ -53,6 +55,7 @@ class IntegerProducts:
         tall, self.score_vectors = tile_shape(isa, 4 if wide is None else wide * (BLOCK // isa.lanes), isa.lanes)
         most, self.value_vectors = tile_shape(isa, spec.value_width // isa.lanes, isa.lanes)
         self.tallest = min(tall, most)
+        self.greatest = T.alloc_buffer((self.tallest,), "float32")
 
     def _pack_keys(self, start: Index) -> None:
         """Keys as [block of 16 keys][word][16][4], the missing ones of the last block as the last key again."""
@@ -62,6 +65,7 @@ class IntegerProducts:
             with T.serial(0, BLOCK) as i:
                 key = T.bind(T.min(block * BLOCK + i, self.key.tokens - 1))
                 at = T.bind(start + key * self.key.step)
+                self._ask(self.key, start, key, width)
                 ratio = self._row(self.key.buffer, at, width, self.key_steps, block * BLOCK + i)
                 for column in range(0, width, BLOCK):
                     whole = whole_numbers(self.key.buffer, at + column, ratio, BLOCK)
@@ -91,6 +95,7 @@ class IntegerProducts:
             for i in range(QUAD):
                 key = T.bind(T.min(quad * QUAD + i, self.value.tokens - 1))
                 at = T.bind(start + key * self.value.step)
+                self._ask(self.value, start, key, self.spec.value_width)
                 rows.append(
                     (at, self._row(self.value.buffer, at, self.spec.value_width, self.value_steps, quad * QUAD + i))
                 )
@@ -100,6 +105,13 @@ class IntegerProducts:
                     byte = whole_numbers(self.value.buffer, at + column, ratio, BLOCK) & fill(T.int32(255), BLOCK)
                     word = word | (byte << fill(T.int32(8 * i), BLOCK))
                 store(self.values_, (column // BLOCK * quads + quad) * _WORDS, T.reinterpret("int8x64", word), _WORDS)
+
+    def _ask(self, heads: Heads, start: Index, key: Index, width: int) -> None:
+        """Prefetch a row after ``key``: rows of a head are too far apart for the processor to guess."""
+        if self.isa.fetches:
+            later = T.bind(start + T.min(key + _AHEAD, heads.tokens - 1) * heads.step)
+            for column in range(0, width, BLOCK):
+                prefetch(heads.buffer, later + column)
 
     def _row(self, x: Buffer, at: Index, width: int, steps: Buffer, place: Index) -> Expr:
         """What the row of ``x`` from ``at`` on is multiplied by for whole numbers; one's worth to ``steps``."""
@@ -148,21 +160,29 @@ class IntegerProducts:
         score_panels(isa, seen, self.score_vectors, panel)
         return lambda r: steps[r] * float32(self.spec.scale)
 
+    def exponentials(self, scores: Buffer, r: Index, seen: Index, top: Expr) -> Expr:
+        """Replace row r by its exponentials in the values' steps, the greatest of which is kept; their sum without."""
+        start = T.bind(r * (self.blocks * BLOCK))
+        best = T.alloc_buffer((BLOCK,), "float32")
+        store(best, 0, fill(T.float32(0), BLOCK), BLOCK)
+
+        def put(block: Index, e: Expr) -> None:
+            share = T.bind(e * load(self.value_steps, block * BLOCK, BLOCK))
+            store(scores, start + block * BLOCK, share, BLOCK)
+            store(best, 0, T.max(load(best, 0, BLOCK), share), BLOCK)
+
+        total = exponentials(scores, start, seen, top, put)
+        greatest = T.max(join_lanes(load(best, 0, BLOCK), T.max), float32(LEAST_NORM))
+        T.buffer_store(self.greatest, greatest, [r])
+        return total
+
     def values(self, scores: Buffer, inverse: Buffer, tile: RowTile, seen: Index) -> None:
-        """The tile's rows of exponentials, with the values' steps as int8, times the values, to the output."""
+        """The tile's rows of exponentials as int8, times the values, to the output."""
         isa, lanes, count = self.isa, self.isa.lanes, self.blocks * BLOCK
         shares = T.alloc_buffer((tile.height * count,), isa.activation_dtype)
         factors = T.alloc_buffer((tile.height,), "float32")
         with T.serial(0, tile.height) as r:
-            start = T.bind(r * count)
-            best = T.alloc_buffer((BLOCK,), "float32")
-            store(best, 0, fill(T.float32(0), BLOCK), BLOCK)
-            with T.serial(0, seen) as block:
-                at = T.bind(block * BLOCK)
-                share = T.bind(load(scores, start + at, BLOCK) * load(self.value_steps, at, BLOCK))
-                store(scores, start + at, share, BLOCK)
-                store(best, 0, T.max(load(best, 0, BLOCK), share), BLOCK)
-            greatest = T.bind(T.max(join_lanes(load(best, 0, BLOCK), T.max), float32(LEAST_NORM)))
+            start, greatest = T.bind(r * count), T.bind(self.greatest[r])
             ratio = T.bind(T.float32(MOST) / greatest)
             with T.serial(0, seen) as block:
                 at = T.bind(start + block * BLOCK)

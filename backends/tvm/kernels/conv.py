@@ -19,7 +19,7 @@ from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import multiply, tile_for
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa, for_middle, for_weights
 from t3c_compile.backends.tvm.kernels.pack import Packing, lanes_of_depthwise, words_of_conv, words_of_matrix
-from t3c_compile.backends.tvm.kernels.product import Product, Rows, scratch_rows
+from t3c_compile.backends.tvm.kernels.product import Product, Rows, middle_rows
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 from t3c_compile.backends.tvm.kernels.window import Images, Window
 
@@ -180,8 +180,8 @@ def conv_chain(isa: Isa, s: ChainSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         first = Product(product((batch, seen.pixels)), k_in, s.channels, s.channels, zero_point, s.bits)
         tile = tile_for(isa, tiles, 0, (s.batch, seen.pixels), k_in, s.channels)
         if core is None:
-            last = scratch_rows(between, first.rows, k_in)
-            to_h = middle(between, last.buffer, last.place, k_in, mid_scale, x_to_h)
+            last = middle_rows(between, first.rows, k_in)
+            to_h = middle(between, last.buffer, last.place, k_in, mid_scale, x_to_h, last.end)
             multiply(isa, first, images.rows(), v, to_h, tile)
         else:
             h = Images(between, w, batch, k_in, 0, written=True)
@@ -209,8 +209,8 @@ def _core(
     """The middle stage: int8 ``h`` at the input's size through the window to int8 at the output's."""
     (r_in, r_out), rows = s.ranks, product((batch, s.window.pixels))
     k_in, k_out = min(s.rank, r_in), min(s.rank, r_out)
-    g = scratch_rows(isa, rows, k_out)
-    to_g = middle(isa, g.buffer, g.place, k_out, core_scale, h_to_g)
+    g = middle_rows(isa, rows, k_out)
+    to_g = middle(isa, g.buffer, g.place, k_out, core_scale, h_to_g, g.end)
     if s.form == "cp":
         depthwise(isa, rows, k_out, h, core, 0, s.bits, to_g)
     else:

@@ -52,12 +52,12 @@ def chain_end(
 
 
 def middle(
-    isa: Isa, target: Buffer, place: Callable[[Index], Index], rank: int, scale: Buffer, factor: Expr
+    isa: Isa, target: Buffer, place: Callable[[Index], Index], rank: int, scale: Buffer, factor: Expr, end: int = 0
 ) -> Epilogue:
-    """``sums * (scale * factor)`` in int8, as the next product reads it: ``rank`` of a row from ``place(row)`` on."""
+    """``sums * (scale * factor)`` in int8, as the next product reads it: ``rank`` of a row from ``place(row)`` on, and
+    zeros to its last word, or to element ``end``."""
     lanes = isa.lanes
-    # Of the row's last word, past its last vector.
-    rest = ceil_div(rank, isa.word) * isa.word - ceil_div(rank, lanes) * lanes
+    rest = max(end, ceil_div(rank, isa.word) * isa.word) - ceil_div(rank, lanes) * lanes
 
     def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
         value = T.cast(acc, vec("float32", lanes)) * (load_partial(scale, column, lanes, valid) * fill(factor, lanes))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
+from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels import amx
@@ -17,12 +18,14 @@ from t3c_compile.backends.tvm.kernels.amx import BYTES, REGISTERS, ROWS, WORDS
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
+    accumulators,
     ceil_div,
     fill,
     for_each,
     held,
     int32,
     load,
+    prefetch,
     product,
     size_at,
     static,
@@ -30,12 +33,14 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
-from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, joined, narrowed_panel, weight_sums
+from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, joined, narrowed_panel
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _TASKS = 8  # into which a product is cut at least, so that it divides well between threads
-_SHORT = 1024  # inputs of a sum
+_SHORT = 1024  # inputs: sums of fewer are short
 _CHUNK_ROWS = 512  # of a task, where there are more than twice as many
+_AHEAD = 2  # panels, whose weights are asked for
+_CHAINS = 8  # of dot products that do not wait for each other
 
 
 def default_tile(lead: Sequence[int | str], depth: int) -> Tile:
@@ -136,9 +141,16 @@ class _Task:
         self.tap_bytes = ceil_div(p.stored_inputs, QUAD) * BYTES
         # Packed weights start a new block for each group.
         self.base = T.bind(group * (ceil_div(p.columns, BLOCK) * self.taps * self.tap_bytes)) if p.groups > 1 else 0
+        # A processor follows long streams of weights by itself, and many rows take little from memory.
+        few = static(p.rows) is None or p.rows <= _CHUNK_ROWS
+        self.asks = few and self.taps == 1 and p.inputs < _SHORT
         self.offset = p.zero_point + (0 if x.buffer.dtype == "int8" else isa.offset)
-        # Steps of one size; else whole ones, and a last one that zeros fill up.
+        # Steps of one size, where zeros follow the inputs over the next weights; else whole ones, and a last one that
+        # zeros fill up.
         steps = ceil_div(self.words, WORDS)
+        padded = ceil_div(self.words, steps) * steps
+        if padded * QUAD <= x.end and padded <= ceil_div(p.stored_inputs, QUAD):
+            self.words = padded
         even = self.words % steps == 0
         self.step_words = self.words // steps if even else WORDS
         self.steps, self.tail = divmod(self.words, self.step_words)
@@ -162,22 +174,10 @@ class _Task:
         first = T.bind(panel * self.vectors)
         weights = _Weights(self, first, count, vectors)
         if self.starts is not None:
-            starts = self.starts
+            with T.serial(0, count * vectors) as v:
+                store(self.starts, v * BLOCK, fill(T.int32(0), BLOCK), BLOCK)
 
-            def sums() -> None:
-                with T.serial(0, count) as i:
-                    block = T.bind(first + i * vectors)
-                    for v, total in enumerate(weights.sums(block)):
-                        start = load(total, 0, BLOCK) * fill(int32(-1 * self.offset), BLOCK)
-                        store(starts, self._start(block + v), start, BLOCK)
-
-            def zeros() -> None:
-                with T.serial(0, count * vectors) as v:
-                    store(starts, self._start(first + v), fill(T.int32(0), BLOCK), BLOCK)
-
-            when(self.offset != 0, sums, zeros)
-
-        def sweep(start: Index, blocks: Index, high: int) -> None:
+        def sweep(start: Index, blocks: Index, high: int, first_of_all: Expr | bool) -> None:
             """All panels times ``blocks`` blocks of ``high`` tiles."""
             # TVM folds what even a loop never run divides by.
             divisor = held(T.max(blocks, 1))
@@ -190,32 +190,53 @@ class _Task:
                 tile, block = where(n)
                 return self._finisher(tile, high, block, vectors, last)
 
+            # Each block of tiles asks for a share of what a step of a later panel takes.
+            asked = held((weights.lines + divisor - 1) // divisor)
+
+            def sums(n: Index, between: Callable[[Index, int], None]) -> None:
+                begins = T.And(T.And(self.offset != 0, first_of_all), n % divisor == 0)
+                line = held(T.min(n % divisor * asked, weights.lines))
+                lines = (line, held(T.min(line + asked, weights.lines)))
+                emit = partial(self._sums, *where(n), high, weights, lines, between)
+                if self.starts is None:
+                    emit()
+                else:
+                    when(begins, partial(emit, self.starts), emit)
+
             def all_blocks() -> None:
                 total, rows = blocks * count, self.cut.rows
-                self._sums(*where(0), high, weights, lambda step, steps: None)
+                sums(0, lambda step, steps: None)
                 with T.serial(0, total - 1) as before:
                     end = finish(before)
 
                     def between(step: Index, steps: int) -> None:
                         end(rows * step // steps, rows * (step + 1) // steps)
 
-                    self._sums(*where(before + 1), high, weights, between)
+                    sums(before + 1, between)
                 finish(total - 1)(0, rows)
 
             when(blocks * count > 0, all_blocks)
 
         high, total = self.cut.high, tiles[1] - tiles[0]
-        sweep(tiles[0], T.bind(total // high), high)
+        sweep(tiles[0], T.bind(total // high), high, True)
         for left in range(1, high):
-            when(total % high == left, partial(sweep, tiles[1] - left, 1, left))
+            when(total % high == left, partial(sweep, tiles[1] - left, 1, left, total < high))
 
     def _start(self, block: Index) -> Index:
         return (block - self.panel * self.vectors) * BLOCK
 
     def _sums(
-        self, tile: Index, block: Index, high: int, weights: "_Weights", between: Callable[[Index, int], None]
+        self,
+        tile: Index,
+        block: Index,
+        high: int,
+        weights: "_Weights",
+        lines: tuple[Index, Index],
+        between: Callable[[Index, int], None],
+        starts: Buffer | None = None,
     ) -> None:
-        """The sums of ``high`` tiles and the blocks of a panel; ``between(step, steps)`` follows each step."""
+        """The sums of ``high`` tiles and the blocks of a panel; ``between(step, steps)`` follows each step, which asks
+        for a later panel's ``lines``. With ``starts``, what the panel's sums start from goes there."""
         x, vectors, left = self.x, weights.vectors, self.cut.high * self.vectors
         right = left + self.cut.high
         places = [T.bind(x.place(self.cut.first(tile + i)) + self.group * self.p.inputs) for i in range(high)]
@@ -223,19 +244,17 @@ class _Task:
             amx.instruction("tilezero", cell)
 
         def add(load_rows: Callable[[int, int], None], load_weights: Callable[[int, int], None]) -> None:
-            for i in range(high):
-                load_rows(left + i, i)
-            # As many blocks at once as there are registers for.
-            turn = REGISTERS - right
-            for first in range(0, vectors, turn):
-                blocks = range(first, min(first + turn, vectors))
-                for v in blocks:
-                    load_weights(right + v - first, v)
-                for v in blocks:
-                    for i in range(high):
-                        amx.add_products(i * vectors + v, left + i, right + v - first, x.buffer.dtype)
+            for v in range(vectors):
+                register = right + v % (REGISTERS - right)
+                for i in range(high):
+                    if v == 0:
+                        load_rows(left + i, i)
+                    if i == 0:
+                        load_weights(register, v)
+                    amx.add_products(i * vectors + v, left + i, register, x.buffer.dtype)
 
         steps = self.steps + (self.tail > 0)
+        totals = _WeightSums(self.isa, vectors) if starts is not None else None
         with x.taps() as (tap, far):
             with T.serial(0, self.steps) as k:
                 word = k * self.step_words
@@ -243,6 +262,10 @@ class _Task:
                     lambda register, i: amx.load(register, x.buffer, places[i] + far + word * QUAD, x.step),
                     lambda register, v: weights.load(register, block + v, tap, word),
                 )
+                if totals is not None:
+                    totals.add(weights, block, tap, word, self.step_words)
+                if self.asks:
+                    weights.ask(lines, block, tap, word)
                 between(tap * steps + k, self.taps * steps)
             if self.tail:
                 ends = [self._filled_up(place + far + self.steps * BYTES) for place in places]
@@ -250,10 +273,16 @@ class _Task:
                     lambda register, i: amx.load(register, ends[i], 0, BYTES),
                     lambda register, v: weights.load_tail(register, block + v, tap),
                 )
+                if totals is not None:
+                    totals.add(weights, block, tap, self.steps * WORDS, self.tail)
                 between(tap * steps + self.steps, self.taps * steps)
         for i in range(high):
             for v in range(vectors):
                 amx.store_sums(i * vectors + v, self.scratch, (i * ROWS * vectors + v) * BLOCK, vectors * BYTES)
+        if totals is not None:
+            for v in range(vectors):
+                start = totals.of(v) * fill(int32(-1 * self.offset), BLOCK)
+                store(starts, self._start(block + v), start, BLOCK)
 
     def _finisher(
         self, tile: Index, high: int, block: Index, vectors: int, last: int
@@ -290,6 +319,7 @@ class _Weights:
     def __init__(self, task: _Task, first: Index, count: Index, vectors: int) -> None:
         self.task, self.first, self.vectors = task, first, vectors
         self.buffer, self.step, bits = task.weights, BYTES, task.p.bits
+        self.lines = vectors * task.step_words
         self.narrowed = None
         if bits < 8:
             self.buffer, self.narrowed = narrowed_panel(
@@ -317,18 +347,17 @@ class _Weights:
         """A step's words from word ``k`` on."""
         amx.load(register, self.buffer, self.at(block, tap, k), self.step)
 
+    def ask(self, lines: tuple[Index, Index], block: Index, tap: Index, k: Index) -> None:
+        """Prefetch ``lines``, of the first ``self.lines``, of what a later panel loads at word ``k``."""
+        words = self.task.step_words
+        with T.serial(*lines) as line:
+            later = block + _AHEAD * self.vectors + line // words
+            place = self._packed(later, tap, k + line % words)
+            prefetch(self.task.weights, T.min(place, self.task.weights.shape[0] - BYTES))
+
     def load_tail(self, register: int, block: Index, tap: Index) -> None:
         """The last words, and zeros."""
         amx.load(register, self.tails, self._tail(block - self.first, tap), BYTES)
-
-    def sums(self, block: Index) -> list[Buffer]:
-        """Of the columns of each block of a panel that begins with ``block``."""
-        task = self.task
-
-        def place(v: int, tap: Index, k: Index) -> Index:
-            return self.at(block + v, tap, k)
-
-        return weight_sums(task.isa, self.buffer, place, task.taps, task.words, self.vectors, 8)
 
     def _tail(self, block: Index, tap: Index) -> Index:
         return (block * self.task.taps + tap) * (WORDS * BYTES)
@@ -344,3 +373,31 @@ class _Weights:
             with T.serial(0, WORDS - task.tail) as k:
                 store(tails, start + (task.tail + k) * BYTES, fill(T.int8(0), BYTES), BYTES)
         return tails
+
+
+class _WeightSums:
+    """Sums of a panel's weights by column, on registers, beside the unit's products of the same words."""
+
+    def __init__(self, isa: Isa, vectors: int) -> None:
+        self.isa = isa
+        # A dot product waits for the one before on the same register.
+        self.chains = accumulators(vectors, ceil_div(_CHAINS, vectors), BLOCK, "int32")
+        for chain in (chain for line in self.chains for chain in line):
+            store(chain, 0, fill(T.int32(0), BLOCK), BLOCK)
+
+    def add(self, weights: "_Weights", block: Index, tap: Index, k: Index, words: int) -> None:
+        """``words`` words from ``k`` on."""
+        ones = fill(T.cast(1, self.isa.activation_dtype), BYTES)
+        for v, line in enumerate(self.chains):
+            start = T.bind(weights.at(block + v, tap, k))
+            for word in range(words):
+                chain = line[word % len(line)]
+                value = load(weights.buffer, start + word * weights.step, BYTES)
+                store(chain, 0, self.isa.dot(load(chain, 0, BLOCK), ones, value), BLOCK)
+
+    def of(self, v: int) -> Expr:
+        """The sums of the panel's block ``v``."""
+        first, *others = (load(chain, 0, BLOCK) for chain in self.chains[v])
+        for other in others:
+            first = first + other
+        return first

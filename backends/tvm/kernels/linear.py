@@ -12,7 +12,7 @@ from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.gemm import multiply, tile_for
 from t3c_compile.backends.tvm.kernels.isa import Isa, for_middle, for_weights
 from t3c_compile.backends.tvm.kernels.pack import words_of_matrix
-from t3c_compile.backends.tvm.kernels.product import Product, prepare_rows, scratch_rows
+from t3c_compile.backends.tvm.kernels.product import Product, middle_rows, prepare_rows
 from t3c_compile.backends.tvm.kernels.tile import Tiles
 
 
@@ -83,10 +83,11 @@ def svd_linear(isa: Isa, s: LinearSpec, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
         to_h, zero_point, h_scale = T.bind(numbers[0]), T.bind(T.cast(numbers[1], "int32")), T.bind(numbers[2])
         writer = Writer(s.finish, ends)
         between = for_middle(isa)
-        activations, h = prepare_rows(isa, x, rows, s.inputs), scratch_rows(between, rows, s.rank)
+        activations, h = prepare_rows(isa, x, rows, s.inputs), middle_rows(between, rows, s.rank)
         first = Product(rows, s.rank, s.inputs, s.inputs, zero_point, s.bits)
         tile = tile_for(isa, tiles, 0, s.lead, s.rank, s.inputs)
-        multiply(isa, first, activations, v, middle(between, h.buffer, h.place, s.rank, mid_scale, to_h), tile)
+        to_middle = middle(between, h.buffer, h.place, s.rank, mid_scale, to_h, h.end)
+        multiply(isa, first, activations, v, to_middle, tile)
         second = Product(rows, s.outputs, s.rank, s.max_rank, 0, s.bits)
         tile = tile_for(isa, tiles, 1, s.lead, s.outputs, s.rank)
         multiply(isa, second, h, u, chain_end(isa, writer, s.outputs, h_scale, gain, bias), tile)

@@ -58,7 +58,8 @@ class Rows:
 
     A row begins at element ``place(row)``, and rows of one ``run`` (of all, where it is None) lie ``step`` elements
     apart; of a convolution's row, tap (ky, kx) of ``kernel`` lies ``shift(ky, kx)`` further, and neighbours along kx
-    ``tap_step`` elements apart. A row past the last one may be asked for, too.
+    ``tap_step`` elements apart. A row past the last one may be asked for, too. To element ``end`` of a row (where that
+    is not 0), zeros follow the product's inputs.
     """
 
     buffer: Buffer
@@ -68,6 +69,7 @@ class Rows:
     kernel: tuple[int, int] = (1, 1)
     tap_step: int = 0
     shift: Callable[[Index, Index], Index] = lambda ky, kx: 0
+    end: int = 0
 
     @contextmanager
     def taps(self) -> Iterator[tuple[Index, Index]]:
@@ -124,6 +126,14 @@ def scratch_rows(isa: Isa, rows: Index, inputs: int) -> Rows:
     """Scratch for ``rows`` of ``inputs`` activations, ``row_stride(inputs)`` elements each."""
     stride = row_stride(inputs)
     return Rows(T.alloc_buffer(((rows + SPARE_ROWS) * stride,), isa.activation_dtype), lambda row: row * stride, stride)
+
+
+def middle_rows(isa: Isa, rows: Index, rank: int) -> Rows:
+    """Scratch for ``rows`` of ``rank`` activations between a chain's products; on AMX whole steps of its products."""
+    if not isa.matrices:
+        return scratch_rows(isa, rows, rank)
+    whole = scratch_rows(isa, rows, ceil_div(rank, BLOCK * QUAD) * (BLOCK * QUAD))
+    return replace(whole, end=whole.step)
 
 
 def weight_words(isa: Isa, weights: Buffer, index: Index, bits: int) -> Expr:

@@ -87,14 +87,20 @@ def reduce_row(
     return join_lanes(load(wide, 0, _WIDE), join)
 
 
-def exponentials(scores: Buffer, start: Index, blocks: Index, top: Expr) -> Expr:
-    """Replace whole vectors of scores by ``exp(score - top)``; their sum."""
+def exponentials(
+    scores: Buffer, start: Index, blocks: Index, top: Expr, put: Callable[[Index, Expr], None] | None = None
+) -> Expr:
+    """Replace whole vectors of scores by ``exp(score - top)``, or ``put`` each where vector i of them goes; their
+    sum."""
     total = T.alloc_buffer((_WIDE,), "float32")
     store(total, 0, fill(T.float32(0), _WIDE), _WIDE)
     with T.serial(0, blocks) as i:
         at = start + i * _WIDE
         e = T.bind(fast_exp(_ARITHMETIC, T.bind(load(scores, at, _WIDE) - fill(top, _WIDE))))
-        store(scores, at, e, _WIDE)
+        if put is None:
+            store(scores, at, e, _WIDE)
+        else:
+            put(i, e)
         store(total, 0, load(total, 0, _WIDE) + e, _WIDE)
     return join_lanes(load(total, 0, _WIDE), add)
 
