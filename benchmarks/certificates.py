@@ -15,7 +15,6 @@ import argparse
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,17 @@ import numpy as np
 from scipy.stats import binomtest, spearmanr
 
 from benchmarks.certified_models import BUILDERS, Certified
-from t3c_compile.certifying import agreement_bound, certify, chance_of_each, order_statistic, profile_bounds
+from t3c_compile.certifying import (
+    Scores,
+    agreement_bound,
+    certify,
+    chance_of_each,
+    order_statistic,
+    profile_bounds,
+    scores_of,
+)
 from t3c_compile.conformal import ConformalCertificate
-from t3c_compile.drift import METRICS, Array, agrees, drifts, scales
+from t3c_compile.drift import METRICS, Array
 from t3c_compile.monitor import DriftWarning, Monitor
 from t3c_compile.show import show
 
@@ -38,50 +45,6 @@ SIZES = (250, 500, 1000, 2000)
 """How many of the pool certify."""
 FORMS = ("plain", "call", "compared")
 _BATCH = 500
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a certificate can say of samples, and what is true of them, each [profiles, samples] by metric: the drift,
-    its distance from the greatest profile, and the scales of the profile's and of the greatest profile's logits."""
-
-    drift: dict[str, Array]
-    apart: dict[str, Array]
-    scale: dict[str, Array]
-    near: dict[str, Array]
-    agrees: Array
-
-    def part(self, chosen: Array) -> "Seen":
-        fields = (self.drift, self.apart, self.scale, self.near)
-        return Seen(
-            *({m: values[:, chosen] for m, values in field.items()} for field in fields), self.agrees[:, chosen]
-        )
-
-    def certificate(self) -> ConformalCertificate:
-        """What ``certify`` makes of these samples, without running them again."""
-        profiles, count = self.agrees.shape
-        chance = chance_of_each(count, profiles, ALPHA, DELTA)
-        scores = {"agrees": self.agrees, "to_greatest": self.apart["l2"]}
-        for metric, drift in self.drift.items():
-            beyond = (drift - self.apart[metric]) / self.near[metric]
-            scores |= {metric: drift, f"{metric} scale": self.scale[metric], f"{metric} beyond": beyond}
-        by_profile = ({key: values[index] for key, values in scores.items()} for index in range(profiles))
-        found = tuple(profile_bounds(one, ALPHA, chance) for one in by_profile)
-        return ConformalCertificate(ALPHA, DELTA, count, "the full model", "", found)
-
-    def bounds(self, certificate: ConformalCertificate) -> dict[str, dict[str, Array]]:
-        """By form and metric, [profiles, samples]."""
-        found: dict[str, dict[str, list[Array]]] = {form: {metric: [] for metric in METRICS} for form in FORMS}
-        for index, entry in enumerate(certificate.profiles):
-            last = index == len(certificate.profiles) - 1
-            for metric, plain in entry.drift.items():
-                scale = self.scale[metric][index]
-                call = entry.scaled[metric] * scale if metric in entry.scaled else np.full(len(scale), plain)
-                compared = self.apart[metric][index] + entry.compared[metric] * self.near[metric][index]
-                found["plain"][metric].append(np.full(len(scale), plain))
-                found["call"][metric].append(call)
-                found["compared"][metric].append(call if last else np.maximum(compared, 0))
-        return {form: {metric: np.stack(rows) for metric, rows in metrics.items()} for form, metrics in found.items()}
 
 
 def main() -> None:
@@ -102,48 +65,64 @@ def main() -> None:
     show(title, [{"measure": key, **{name: str(found[name].get(key)) for name in chosen}} for key in keys], False)
 
 
-def see(model: Certified, inputs: Array) -> Seen:
-    """Every profile and the full model on ``inputs``, batch by batch."""
-    rows: dict[str, list[Array]] = {}
-    for start in range(0, len(inputs), _BATCH):
-        chunk = inputs[start : start + _BATCH]
-        full, logits = model.full(chunk), model.of_profiles(chunk)
-        near = scales(logits[-1])
-        for values in logits:
-            drift, apart, scale = drifts(full, values), drifts(logits[-1], values), scales(values)
-            for metric in METRICS:
-                for what, found in (("drift", drift), ("apart", apart), ("scale", scale), ("near", near)):
-                    rows.setdefault(f"{what} {metric}", []).append(found[metric])
-            rows.setdefault("agrees", []).append(agrees(full, values))
-    profiles = len(logits)
-    joined = {
-        key: np.stack([np.concatenate(parts[index::profiles]) for index in range(profiles)])
-        for key, parts in rows.items()
-    }
-    by_metric = ({m: joined[f"{what} {m}"] for m in METRICS} for what in ("drift", "apart", "scale", "near"))
-    return Seen(*by_metric, joined["agrees"])
+def see(model: Certified, inputs: Array) -> Scores:
+    """What ``certify`` scores, [profiles, samples], of every profile on ``inputs``, batch by batch."""
+    chunks = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
+    parts = [scores_of(model.of_profiles(chunk), model.full(chunk)) for chunk in chunks]
+    return {key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]}
+
+
+def part_of(seen: Scores, chosen: Array) -> Scores:
+    return {key: values[:, chosen] for key, values in seen.items()}
+
+
+def certificate_of(seen: Scores) -> ConformalCertificate:
+    """What ``certify`` makes of these samples, without running them again."""
+    profiles, count = seen["agrees"].shape
+    chance = chance_of_each(count, profiles, ALPHA, DELTA)
+    by_profile = ({key: values[index] for key, values in seen.items()} for index in range(profiles))
+    found = tuple(profile_bounds(one, ALPHA, chance) for one in by_profile)
+    return ConformalCertificate(ALPHA, DELTA, count, "the full model", "", found)
+
+
+def bounds_of(certificate: ConformalCertificate, seen: Scores) -> dict[str, dict[str, Array]]:
+    """What a certificate says of samples: by form and metric, [profiles, samples]."""
+    found: dict[str, dict[str, Array]] = {form: {} for form in FORMS}
+    for metric in METRICS:
+        scale = seen[f"{metric} scale"]
+        apart = seen[metric] - seen[f"{metric} beyond"] * scale[-1]
+        plain, call, compared = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
+        for index, entry in enumerate(certificate.profiles):
+            plain[index] = entry.drift[metric]
+            call[index] = entry.scaled[metric] * scale[index] if metric in entry.scaled else plain[index]
+            compared[index] = np.maximum(apart[index] + entry.compared[metric] * scale[-1], 0)
+        # The greatest profile is compared with nothing.
+        compared[-1] = call[-1]
+        for form, bounds in zip(FORMS, (plain, call, compared), strict=True):
+            found[form][metric] = bounds
+    return found
 
 
 def measure(model: Certified, splits: int) -> dict[str, Any]:
     """Everything of one model."""
     samples, size = model.samples, len(model.samples) // 2
     like, pool = see(model, samples), see(model, model.draw(model.fresh, 0))
-    made, first = like.part(np.arange(size)).certificate(), samples[:size]
+    made, first = certificate_of(part_of(like, np.arange(size))), samples[:size]
     again = certify(model.path, [first], model.full(first), alpha=ALPHA, delta=DELTA)
     if any(not np.isclose(a.drift["l2"], b.drift["l2"]) for a, b in zip(made.profiles, again.profiles, strict=True)):
         raise RuntimeError("certify gives other bounds than these scores do")
     shifted = {noise: see(model, noisy(samples, noise)) for noise in NOISES if samples.dtype == np.float32}
     joint: dict[str, list[float]] = {metric: [] for metric in METRICS}
     for first, _ in split(like, size, splits):
-        plain = like.part(first).certificate().profiles
+        plain = certificate_of(part_of(like, first)).profiles
         for metric in METRICS:
-            ratios = joint_bounds(like.drift[metric][:, first]) / [entry.drift[metric] for entry in plain]
+            ratios = joint_bounds(like[metric][:, first]) / [entry.drift[metric] for entry in plain]
             joint[metric].extend(ratios)
     return {
-        "profiles": len(like.agrees),
+        "profiles": len(like["agrees"]),
         "samples": size,
         "fresh": model.fresh,
-        "mean_drifts": [round(float(mean), 4) for mean in like.drift["l2"].mean(1)],
+        "mean_drifts": [round(float(mean), 4) for mean in like["l2"].mean(1)],
         **{f"halves_{key}": value for key, value in of_splits(like, size, splits).items()},
         **{f"pool{n}_{key}": value for n in SIZES for key, value in of_splits(pool, n, splits).items()},
         **{f"joint_{metric}_median": float(np.median(ratios)) for metric, ratios in joint.items()},
@@ -152,31 +131,31 @@ def measure(model: Certified, splits: int) -> dict[str, Any]:
     }
 
 
-def split(seen: Seen, size: int, splits: int) -> Iterator[tuple[Array, Array]]:
+def split(seen: Scores, size: int, splits: int) -> Iterator[tuple[Array, Array]]:
     """Random ``size`` of the samples, and the others."""
     for number in range(splits):
-        order = np.random.default_rng(number).permutation(seen.agrees.shape[1])
+        order = np.random.default_rng(number).permutation(seen["agrees"].shape[1])
         yield order[:size], order[size:]
 
 
-def of_splits(seen: Seen, size: int, splits: int) -> dict[str, Any]:
+def of_splits(seen: Scores, size: int, splits: int) -> dict[str, Any]:
     """Whether bounds hold, what they are over the 99th percentile of drift, and how they go with it."""
     coverage: list[float] = []
     ratios: dict[str, list[float]] = {}
     pearson: dict[str, list[float]] = {}
     ordered: list[float] = []
     for first, second in split(seen, size, splits):
-        certificate, rest = seen.part(first).certificate(), seen.part(second)
-        bounds = rest.bounds(certificate)
+        certificate, rest = certificate_of(part_of(seen, first)), part_of(seen, second)
+        bounds = bounds_of(certificate, rest)
         coverage.append(least_coverage(certificate, rest))
         for form in FORMS:
             for metric in METRICS:
-                p99 = np.quantile(rest.drift[metric], 0.99, axis=1)
+                p99 = np.quantile(rest[metric], 0.99, axis=1)
                 ratios.setdefault(f"{form}_{metric}", []).extend(bounds[form][metric].mean(1) / p99)
             for name, start in {form: 0, f"{form}_but_the_least": 1}.items():
-                both = bounds[form]["l2"][start:].ravel(), rest.drift["l2"][start:].ravel()
+                both = bounds[form]["l2"][start:].ravel(), rest["l2"][start:].ravel()
                 pearson.setdefault(name, []).append(float(np.corrcoef(*both)[0, 1]))
-        ordered.append(spearmanr(bounds["compared"]["l2"].mean(1), rest.drift["l2"].mean(1))[0])
+        ordered.append(spearmanr(bounds["compared"]["l2"].mean(1), rest["l2"].mean(1))[0])
     return {
         "held": share(coverage),
         "least_coverage": min(coverage),
@@ -188,18 +167,18 @@ def of_splits(seen: Seen, size: int, splits: int) -> dict[str, Any]:
     }
 
 
-def watched(like: Seen, shifted: dict[float, Seen], size: int, splits: int) -> dict[str, Any]:
+def watched(like: Scores, shifted: dict[float, Scores], size: int, splits: int) -> dict[str, Any]:
     """What a monitor says of samples as they are and of shifted ones."""
     alarms: dict[tuple[str, float], list[int | None]] = {}
     within: dict[float, list[float]] = {noise: [] for noise in shifted}
     for first, second in split(like, size, splits):
-        certificate = like.part(first).certificate()
+        certificate = certificate_of(part_of(like, first))
         for noise, seen in {0.0: like, **shifted}.items():
-            part = seen.part(second)
+            part = part_of(seen, second)
             for index, entry in enumerate(certificate.profiles[:-1]):
                 by_greatest = {
-                    "integers": (entry.to_greatest, part.apart["l2"][index]),
-                    "full_model": (entry.drift["l2"], part.drift["l2"][index]),
+                    "integers": (entry.to_greatest, part["to_greatest"][index]),
+                    "full_model": (entry.drift["l2"], part["l2"][index]),
                 }
                 for greatest, (bound, drift) in by_greatest.items():
                     alarms.setdefault((greatest, noise), []).append(inputs_to_alarm(bound, drift))
@@ -211,11 +190,11 @@ def watched(like: Seen, shifted: dict[float, Seen], size: int, splits: int) -> d
     }
 
 
-def spectral(model: Certified, seen: Seen) -> dict[str, float]:
+def spectral(model: Certified, seen: Scores) -> dict[str, float]:
     """The spectral certificate on the test samples: the order of its bounds, and the share that keeps them, of all
     profiles and the least of one."""
     bounds = np.array(model.spectral)
-    drift = seen.drift["l2"]
+    drift = seen["l2"]
     return {
         "spearman_spectral": float(spearmanr(bounds, drift.mean(1))[0]),
         "spectral_coverage": float((drift <= bounds[:, None]).mean()),
@@ -241,16 +220,14 @@ def noisy(images: Array, noise: float) -> Array:
     return (images + noise * drawn).astype(np.float32)
 
 
-def least_coverage(certificate: ConformalCertificate, seen: Seen) -> float:
+def least_coverage(certificate: ConformalCertificate, seen: Scores) -> float:
     """The least share of samples within their bounds, of all profiles, metrics and forms; 0 where top-1 agreement is
     below its bound and the samples are enough to say so, at 1%."""
-    bounds = seen.bounds(certificate)
-    shares = [
-        (seen.drift[metric] <= values).mean(1).min() for form in bounds.values() for metric, values in form.items()
-    ]
-    count = seen.agrees.shape[1]
+    bounds = bounds_of(certificate, seen)
+    shares = [(seen[metric] <= values).mean(1).min() for form in bounds.values() for metric, values in form.items()]
+    count = seen["agrees"].shape[1]
     # Texts of which every prediction agrees are rare: of 200 there may be none.
-    most = [1 - agreement_bound(count - int(agrees.sum()), count, 0.01) for agrees in seen.agrees]
+    most = [1 - agreement_bound(count - int(agrees.sum()), count, 0.01) for agrees in seen["agrees"]]
     agreed = [entry.agreement <= share for entry, share in zip(certificate.profiles, most, strict=True)]
     return float(min(shares)) if all(agreed) else 0.0
 

@@ -32,7 +32,7 @@ from t3c_compile.conformal import CertificateError, ConformalCertificate, Profil
 from t3c_compile.drift import METRICS, Array, agrees, drifts, logits_of, scales
 from t3c_compile.manifest import STORE, ArtifactError, Manifest, check_files, read_manifest, write_manifest
 from t3c_compile.progress import progress_bar
-from t3c_compile.runtime import Session, checked_inputs, load, refusal
+from t3c_compile.runtime import Session, checked_inputs, is_full, load, refusal
 from t3c_compile.signing import Key, private_key, sign
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def certify(
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     count = _samples(inputs, manifest)
-    own = _full_profile(manifest) if reference is None else None
+    full = (index for index, profile in enumerate(manifest["profiles"]) if is_full(profile["options"]))
+    own = next(full, None) if reference is None else None
     if reference is None and own is None:
         raise CertificateError(
             f"{folder} does not hold the full model, from which drift is measured: give the model or its logits as the "
@@ -112,7 +113,7 @@ def certify(
             given = None if reference is None else _reference_logits(reference, chunk, slice(start, start + batch))
 
             def make(chunk: list[Array] = chunk, given: Array | None = given, start: int = start) -> Scores:
-                return _scores(run(chunk), given, own, start)
+                return scores_of(run(chunk), given, own, start)
 
             parts.append(_kept(resume, digest, [*chunk, *([] if given is None else [given])], make))
     scores = {key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]}
@@ -189,8 +190,11 @@ def profile_bounds(scores: Scores, alpha: float, chance: float) -> ProfileBounds
     return ProfileBounds(drift, scaled, agreement, quantile(scores["to_greatest"]), compared)
 
 
-def _scores(logits: list[Array], given: Array | None, own: int | None, start: int) -> Scores:
-    """Scores of one batch, each [profiles, samples]. Drift is from ``given``, or else from the profile ``own``."""
+def scores_of(logits: list[Array], given: Array | None, own: int | None = None, start: int = 0) -> Scores:
+    """What :func:`profile_bounds` takes, each [profiles, samples], from the logits of every profile on one batch.
+
+    Drift is from ``given``, or else from the profile ``own``; ``start`` is how many samples came before.
+    """
     reference = logits[own] if own is not None else given
     assert reference is not None
     found: list[dict[str, Array]] = []
@@ -220,14 +224,6 @@ def _statement(reference: str, count: int, alpha: float, delta: float) -> str:
         "bound of the agreement. It assumes that the samples were independent draws of the inputs to come, and says "
         "nothing of other inputs."
     )
-
-
-def _full_profile(manifest: Manifest) -> int | None:
-    """The profile that is the full model in float32, where the artifact has it."""
-    for index, profile in enumerate(manifest["profiles"]):
-        if all(option["bits"] == 32 for option in profile["options"].values()):
-            return index
-    return None
 
 
 def _samples(inputs: Sequence[Array], manifest: Manifest) -> int:

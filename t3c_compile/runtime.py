@@ -64,11 +64,6 @@ class ProfileInfo:
     energy_source: str = ""
 
     @property
-    def is_full(self) -> bool:
-        """Whether it is the full model in float32."""
-        return all(option["bits"] == 32 for option in self.options.values())
-
-    @property
     def needs(self) -> dict[str, float]:
         """The least limit of each cost that this profile fits: latency with its margin, where it was measured."""
         margin = LATENCY_MARGIN if self.latency_source.startswith("measured") else 1.0
@@ -87,6 +82,11 @@ class ProfileInfo:
         """The limits of cost that do not hold, with the least that would, in words."""
         beyond = self._beyond(budget).items()
         return ", ".join(f"{name}={limit:g} (needs {need:.4g})" for name, (limit, need) in beyond)
+
+
+def is_full(options: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the profile of these options, by layer, is the full model in float32."""
+    return all(option["bits"] == 32 for option in options.values())
 
 
 def choose(profiles: Sequence[ProfileInfo], budget: Budget) -> ProfileInfo:
@@ -214,7 +214,7 @@ class Session:
         bounds = [entry.to_greatest for entry in certificate.profiles]
         self._monitor = Monitor(bounds, certificate.alpha, fraction, significance, seed)
         greatest = self.profiles[-1]
-        if fraction and not greatest.is_full:
+        if fraction and not is_full(greatest.options):
             warnings.warn(
                 f"the monitor compares with {greatest.name}, which is not the full model: inputs that make both drift "
                 "alike are not seen; an artifact from snap(..., full_model=True) sees them",
@@ -272,12 +272,13 @@ class Session:
             CertificateError: ``certificate``, or a budget of drift, and the artifact is not certified for this target.
         """
         began = time.perf_counter()
-        governor = self._governor if budget is None else None
-        profile = self.active if budget is None else self.set_budget(budget)
+        # A call that is refused changes nothing.
         arrays = checked_inputs(inputs, self.inputs)
         if certificate not in (True, False, "compared"):
             raise CertificateError(f"certificate={certificate!r} must be True, False or 'compared'")
         certified = self._certified() if certificate else None
+        governor = self._governor if budget is None else None
+        profile = self.active if budget is None else self.set_budget(budget)
         with self._lock:
             outputs = self._call(profile.index, arrays)
             if governor is not None:

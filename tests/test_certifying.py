@@ -150,7 +150,7 @@ def test_bad_samples_are_named_before_any_work(small: Small, tmp_path: Path, mon
     before = (path / MANIFEST).read_bytes()
     needed = least_samples(0.05, 0.05 / (11 * (len(read_manifest(path)["profiles"]) - 1)))
     certify(small.copy(tmp_path / "enough"), [x[:needed]])
-    monkeypatch.setattr(module, "_scores", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(module, "scores_of", lambda *_: pytest.fail("work was done"))
     for inputs, options, message in (
         ([x[: needed - 1]], {}, f"{needed - 1} samples are too few: {needed} are needed for 2 profiles"),
         ([x], {"alpha": 1.0}, "alpha=1.0 must lie between 0 and 1"),

@@ -211,6 +211,13 @@ def test_a_session_is_governed(small: Small, tmp_path: Path, monkeypatch: pytest
     session.run(x)
     assert governor.calls == 160
     governor = session.governor(slo_ms=1e6)
+    # A call that is refused does not end it.
+    for refused, certificate in ((x, True), (x, "near"), (x[:, :-1], False)):
+        with pytest.raises(T3CError):
+            session.run(refused, budget=Budget(), certificate=certificate)  # type: ignore[arg-type]
+    session.run(x)
+    assert governor.calls == 1
+    governor = session.governor(slo_ms=1e6)
     session.run(x, budget=Budget())
     session.run(x)
     assert governor.calls == 0
