@@ -347,16 +347,18 @@ def _norms_at(layer: ElasticLayer, options: list[Option]) -> list[float]:
     return [factor * norm for norm in spectral_norms(error, inputs, len(options)).tolist()]
 
 
-def certified_drift(drifts: Tensor) -> tuple[float, float]:
-    """A bound of drift, and the share of inputs that it holds for with a confidence of 0.95, from the drifts [samples]
-    of independent inputs: 0.95 where there are 59 or more, else what so few can say of their greatest.
+def certified_drift(drifts: Tensor, statements: int = 1) -> tuple[float, float]:
+    """A bound of drift, and the share of inputs that it holds for, from the drifts [samples] of independent inputs.
 
-    An order statistic, as in :mod:`t3c_compile.certifying`, for one statement.
+    With a confidence of 0.95 so many ``statements`` like it hold at once. The share is 0.95 where there are samples
+    enough (59 for one statement), else what so few can say of their greatest.
+
+    An order statistic, as in :mod:`t3c_compile.certifying`.
     """
-    count = len(drifts)
-    place = int(binom.isf(1 - _CONFIDENCE, count, _SHARE)) + 1
+    count, chance = len(drifts), (1 - _CONFIDENCE) / statements
+    place = int(binom.isf(chance, count, _SHARE)) + 1
     if place > count:
-        return float(drifts.max()), float((1 - _CONFIDENCE) ** (1 / count))
+        return float(drifts.max()), float(chance ** (1 / count))
     return float(drifts.sort().values[place - 1]), _SHARE
 
 

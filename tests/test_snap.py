@@ -176,7 +176,7 @@ def test_a_controllers_path_is_followed() -> None:
                 name: chain[-1 if share > (0.3 if name == "first" else 0.6) else 0] for name, chain in ladder.items()
             }
 
-    calibration = [(torch.randn(64, 64),)]
+    calibration = [(torch.randn(1000, 64),)]
     profiles = snap(elastic, calibration, [ARM], controller=FirstLast(), count=8)
     assert profiles.order == "controller"
     picked = [{name: chain.index(p.options[name]) for name, chain in ladder.items()} for p in profiles.profiles]
@@ -193,13 +193,15 @@ def test_profiles_that_do_not_nest_are_refused() -> None:
 
 
 def test_dominated_profiles_are_dropped_with_the_reason() -> None:
-    sizes_and_kl = [(10, 0.5), (20, 0.6), (30, 0.2), (40, 0.3)]
-    profiles = [Profile("", {}, {}, size, {"kl": kl}) for size, kl in sizes_and_kl]
+    """What costs more has to be closer on calibration data and certified to be closer."""
+    found = [(10, 0.5, 3.0), (20, 0.6, 2.0), (30, 0.2, 2.5), (40, 0.3, 2.0), (50, 0.1, 2.5), (60, 0.15, 1.0)]
+    profiles = [Profile("", {}, {}, size, {"kl": kl}, {"bound": bound}) for size, kl, bound in found]
     kept, notes = drop_dominated(profiles)
-    assert [p.size_bytes for p in kept] == [10, 30]
+    assert [p.size_bytes for p in kept] == [10, 30, 60]
     assert notes == [
         "a profile of 20 bytes was dropped: KL 6.00e-01 on calibration data, no better than 5.00e-01 at 10 bytes",
         "a profile of 40 bytes was dropped: KL 3.00e-01 on calibration data, no better than 2.00e-01 at 30 bytes",
+        "a profile of 50 bytes was dropped: certified drift 2.5, no less than 2.5 at 30 bytes",
     ]
 
 
@@ -228,36 +230,46 @@ def test_snap_needs_calibration_data() -> None:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("conv", ["tucker2", "cp"])
 def test_the_certificate_holds_for_its_share_of_new_inputs_and_is_tight(net: str, conv: str) -> None:
-    """In every profile: the bound is the one of its calibration samples, such bounds hold for 95% of 1000 new inputs in
-    95% of calibrations (16 of 20, which fewer than 3 in 1000 tests would miss), and it is no more than half above the
-    drift that one in a hundred exceeds."""
+    """The bound is the one of its calibration samples, and no more than half above the drift that one in a hundred
+    exceeds. Of 20 calibrations, each with activation ranges of its own, 17 give bounds that hold for 95% of 1000 new
+    inputs in all profiles at once: where exactly 95% of calibrations do, one test in 60 has fewer."""
     model, inputs = NETS[net]()
     elastic = made(net, conv)
     torch.manual_seed(0)
-    calibration, fresh, others = ((torch.randn(count, *inputs[0].shape[1:]),) for count in (100, 1000, 20 * 60))
-    profiles = snap(elastic, [calibration], [ARM], count=4)
+    calibration, fresh, *others = (torch.randn(count, *inputs[0].shape[1:]) for count in (100, 1000, *[100] * 20))
+    profiles = snap(elastic, [(calibration,)], [ARM], count=4)
+    held = torch.ones(20, dtype=torch.bool)
     for profile in profiles.profiles:
         certificate = profile.certificate
         assert certificate["share"] == 0.95
         graph = specialize(elastic, profile.options, profile.activations)
-        own, drift, drawn = (observed_drift(model(*x), graph(*x)) for x in (calibration, fresh, others))
-        assert certificate["bound"] == pytest.approx(certified_drift(own)[0], rel=1e-2)
-        held = [float((drift <= certified_drift(of_60)[0]).float().mean()) >= 0.95 for of_60 in drawn.chunk(20)]
-        assert sum(held) >= 16
+        own, drift = (observed_drift(model(x), graph(x)) for x in (calibration, fresh))
+        assert certificate["bound"] == pytest.approx(certified_drift(own, 8)[0], rel=1e-2)
         assert certificate["bound"] <= 1.5 * float(drift.quantile(0.99))
         assert sum(certificate["layers"].values()) == pytest.approx(certificate["bound"])
+        elastic.set_options(profile.options)
+        for index, x in enumerate(others):
+            observe(elastic, [(x,)])
+            own, drift = (observed_drift(model(inputs), elastic(inputs)) for inputs in (x, fresh))
+            held[index] &= float((drift <= certified_drift(own, 8)[0]).float().mean()) >= 0.95
+    elastic.set_full()
+    assert held.sum() >= 17
     bounds = [p.certificate["bound"] for p in profiles.profiles]
     assert bounds == sorted(bounds, reverse=True)
 
 
 @pytest.mark.parametrize(("count", "share"), [(5, 0.549), (58, 0.9497), (59, 0.95), (240, 0.95)])
 def test_few_samples_certify_a_smaller_share(count: int, share: float) -> None:
-    """Of uniform drifts the share below a bound is the bound: in 95% of 4000 draws it is the share stated."""
+    """Of uniform drifts the share below a bound is the bound: in 95% of 4000 draws it is the share stated; of ten
+    statements made together, in 99.5%."""
     draws = torch.rand(4000, count, generator=torch.Generator().manual_seed(0))
     found = [certified_drift(draw) for draw in draws]
     assert found[0][1] == pytest.approx(share, abs=1e-3)
     held = sum(bound >= stated for bound, stated in found) / len(found)
     assert 0.94 <= held <= 0.98
+    together = [certified_drift(draw, 10) for draw in draws]
+    held = sum(bound >= stated for bound, stated in together) / len(together)
+    assert 0.992 <= held <= 0.999
 
 
 @pytest.mark.parametrize("conv", ["tucker2", "cp"])
