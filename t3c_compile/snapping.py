@@ -73,9 +73,9 @@ def snap(
     Every group of layers (see ``t3c_compile.groups``) climbs its chains one option at a time. With a ``controller`` the
     climb is what it answers as the budget grows; without, the next upgrade is always the one that saves the most
     certified error for its cost. ``count`` points evenly spaced in cost become profiles; one that costs more than
-    another and is no closer to the full model on the calibration data, or certified no closer, is dropped, and the
-    notes say so; others between those kept are tried in its place. Where all targets are NPUs, so is one that takes no
-    fewer cycles than a greater one on any of them, by its compiler's estimate. Activations are int8 but where
+    another and is no closer to the full model on the calibration data is dropped, and the notes say so; others between
+    those kept are tried in its place. Where all targets are NPUs, so is one that takes no fewer cycles than a greater
+    one on any of them, by its compiler's estimate. Activations are int8 but where
     ``model.set_activation_dtype("float32")`` was called before: then linear layers are weight-only in all profiles.
 
     With ``times`` no layer has a rank at which it is slower than dense, and a layer that is so at all of them is dense.
@@ -171,6 +171,10 @@ def snap(
     model.train(training)
     for index, profile in enumerate(kept):
         profile.name = f"p{index}"
+    for high, low in pairwise(reversed(kept)):
+        # What two profiles' samples say may cross by chance; the greater bound holds for the lesser profile too.
+        if low.certificate["bound"] < high.certificate["bound"]:
+            _set_bound(low.certificate, high.certificate["bound"])
     return ProfileSet(kept, order, notes)
 
 
@@ -326,36 +330,35 @@ def _measure(
         }
     bound, share = certified_drift(drifts, statements)
     terms = proxy.certify(options, activations, errors)
-    scale = bound / (sum(terms.values()) or 1.0)
-    layers = {name: scale * term for name, term in terms.items()}
-    statement = _statement(len(drifts), share)
-    certificate = {"kind": "spectral", "bound": bound, "layers": layers, "share": share, "statement": statement}
+    statement, total = _statement(len(drifts), share), sum(terms.values())
+    certificate = {"kind": "spectral", "bound": total, "layers": terms, "share": share, "statement": statement}
+    _set_bound(certificate, bound)
     profile = Profile("", options, activations, round(size), quality(full, logits, labels), certificate, costs)
     profile.costs |= npu_costs(model, profile, calibration[0], targets, exact_npu)
     return profile
 
 
+def _set_bound(certificate: dict[str, Any], bound: float) -> None:
+    """Give a certificate another bound, divided among the layers as before."""
+    scale = bound / (certificate["bound"] or 1.0)
+    certificate["layers"] = {name: scale * term for name, term in certificate["layers"].items()}
+    certificate["bound"] = bound
+
+
 def drop_dominated(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:
-    """Profiles by rising size of which each is closer to the full model than the one before, and certified to be; the
-    others, and why, in the notes."""
+    """Profiles by rising size whose divergence from the full model falls; the others, and why, in the notes."""
     kept: list[Profile] = []
     notes: list[str] = []
     for profile in profiles:
-        if kept and (reason := _no_closer(profile, kept[-1])):
-            reason = f"{reason} at {kept[-1].size_bytes} bytes"
-            notes.append(f"a profile of {profile.size_bytes} bytes was dropped: {reason}")
+        better = next((k for k in kept if k.quality["kl"] <= profile.quality["kl"]), None)
+        if better is not None:
+            notes.append(
+                f"a profile of {profile.size_bytes} bytes was dropped: KL {profile.quality['kl']:.2e} on calibration "
+                f"data, no better than {better.quality['kl']:.2e} at {better.size_bytes} bytes"
+            )
         else:
             kept.append(profile)
     return kept, notes
-
-
-def _no_closer(greater: Profile, lesser: Profile) -> str | None:
-    """Why ``greater`` is no closer to the full model than ``lesser``, where it is not."""
-    kl, other_kl = greater.quality["kl"], lesser.quality["kl"]
-    if kl >= other_kl:
-        return f"KL {kl:.2e} on calibration data, no better than {other_kl:.2e}"
-    bound, other_bound = greater.certificate["bound"], lesser.certificate["bound"]
-    return f"certified drift {bound:.4g}, no less than {other_bound:.4g}" if bound >= other_bound else None
 
 
 def drop_costly(profiles: list[Profile]) -> tuple[list[Profile], list[str]]:
