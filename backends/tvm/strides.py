@@ -58,10 +58,10 @@ def lying(node: fx.Node, exists: Callable[[fx.Node], bool]) -> Lying:
                 start = start + index * axes[0].step
                 found = tuple(axes for i, axes in enumerate(dims) if i != dim % len(dims))
         elif node.target in _RESHAPED:
-            found = _reshaped([axis for axes in dims for axis in axes], _shape(node))
+            found = _reshaped([axis for axes in dims for axis in axes], shape_of(node))
         if found is not None:
             return Lying(before.base, found, start)
-    return _whole(node)
+    return whole(node)
 
 
 def _order(node: fx.Node, count: int) -> list[int]:
@@ -73,13 +73,14 @@ def _order(node: fx.Node, count: int) -> list[int]:
     return order
 
 
-def _shape(node: fx.Node) -> list[Size]:
+def shape_of(node: fx.Node) -> list[Size]:
     return [d.node.expr if isinstance(d, torch.SymInt) else sympy.Integer(d) for d in node.meta["val"].shape]
 
 
-def _whole(node: fx.Node) -> Lying:
+def whole(node: fx.Node) -> Lying:
+    """``node`` as a tensor of its own, rows one after the other."""
     dims, step = [], sympy.Integer(1)
-    for size in reversed(_shape(node)):
+    for size in reversed(shape_of(node)):
         dims.append(() if size == 1 else (Axis(size, step),))
         step = step * size
     return Lying(node, tuple(reversed(dims)), sympy.Integer(0))

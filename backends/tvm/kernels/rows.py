@@ -3,8 +3,8 @@
 Sums are those of ``passes.ops.float_math.row_sum`` on every target: sixteen partial sums, then halves.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import tvm
 from tvm.ir import Expr
@@ -34,6 +34,8 @@ from t3c_compile.passes.ops.float_math import PARTIAL_SUMS, fast_exp
 from t3c_compile.passes.ops.int8_attention import LEAST_NORM, MOST, STEP
 
 _WIDE = PARTIAL_SUMS
+_TOGETHER = 4  # rows
+_ROW_WORK = 16  # of an element of a norm, in multiply-adds of a product
 LEAST = -3.4028234663852886e38  # finite, so that a row without a key has no inf - inf
 _ARITHMETIC = Lanes(_WIDE)
 
@@ -70,21 +72,51 @@ def reduce_row(
     join: Callable[[Expr, Expr], Expr] = add,
 ) -> Expr:
     """``step(partial, element)`` over ``count`` elements in sixteen partial results, joined at the end."""
-    wide = T.alloc_buffer((_WIDE,), "float32")
-    store(wide, 0, fill(T.float32(start), _WIDE), _WIDE)
+    return reduce_rows(count, start, [read], step, join)[0]
+
+
+def reduce_rows(
+    count: Index,
+    start: float,
+    reads: Sequence[Callable[[Index, int], Expr]],
+    step: Callable[[Expr, Expr], Expr],
+    join: Callable[[Expr, Expr], Expr] = add,
+) -> list[Expr]:
+    """:func:`reduce_row` of rows beside each other: a partial result waits for the one before, not for other rows'."""
+    partials = accumulators(len(reads), 1, _WIDE, "float32")
+    for (wide,) in partials:
+        store(wide, 0, fill(T.float32(start), _WIDE), _WIDE)
     whole = count // _WIDE
     if static(whole) != 0:
         with T.serial(0, whole) as i:
-            store(wide, 0, step(load(wide, 0, _WIDE), read(i * _WIDE, _WIDE)), _WIDE)
+            for (wide,), read in zip(partials, reads, strict=True):
+                store(wide, 0, step(load(wide, 0, _WIDE), read(i * _WIDE, _WIDE)), _WIDE)
     rest = count - whole * _WIDE
     if static(rest) != 0:
-        # In a buffer of its own, so that the one above stays in a register.
-        tail = T.alloc_buffer((_WIDE,), "float32")
-        store(tail, 0, load(wide, 0, _WIDE), _WIDE)
-        with T.serial(0, rest) as lane:
-            T.buffer_store(tail, step(tail[lane], read(whole * _WIDE + lane, 1)), [lane])
-        wide = tail
-    return join_lanes(load(wide, 0, _WIDE), join)
+        # In buffers of their own, so that the ones above stay in registers.
+        for line, read in zip(partials, reads, strict=True):
+            tail = T.alloc_buffer((_WIDE,), "float32")
+            store(tail, 0, load(line[0], 0, _WIDE), _WIDE)
+            with T.serial(0, rest) as lane:
+                T.buffer_store(tail, step(tail[lane], read(whole * _WIDE + lane, 1)), [lane])
+            line[0] = tail
+    return [join_lanes(load(wide, 0, _WIDE), join) for (wide,) in partials]
+
+
+def for_rows(rows: Index, work: Index, body: Callable[[list[Index]], None]) -> None:
+    """Emit ``body`` over groups of ``rows``, as :func:`emit.for_each` does over tasks; the last group may repeat the
+    last row."""
+
+    def groups(height: int) -> None:
+        @for_each(ceil_div(rows, height), work)
+        def _(task: Index) -> None:
+            body([T.bind(T.min(task * height + r, rows - 1)) for r in range(height)])
+
+    count = static(rows)
+    if count is None:
+        when(rows < _TOGETHER, lambda: groups(1), lambda: groups(_TOGETHER))
+    else:
+        groups(min(count, _TOGETHER))
 
 
 def exponentials(
@@ -212,26 +244,28 @@ def layer_norm(
         rows, size = function.size(lead), function.size((count,))
         writer = Writer(finish, ends)
 
-        @for_each(rows, product((rows, size, 4)))
-        def _(row: Index) -> None:
-            start, number = T.bind(row * size), number_of(size)
-            mean = T.bind(reduce_row(size, 0.0, lambda i, n: load(x, start + i, n), add) / number)
+        def normalized(group: list[Index]) -> None:
+            starts, number = [T.bind(row * size) for row in group], number_of(size)
+            means = [T.bind(total / number) for total in reduce_rows(size, 0.0, _reads(x, starts), add)]
 
-            def centred(i: Index, n: int) -> Expr:
+            def centred(start: Index, mean: Expr, i: Index, n: int) -> Expr:
                 return T.bind(load(x, start + i, n) - fill(mean, n))
 
-            variance = reduce_row(size, 0.0, centred, square_and_add) / number
-            gain = T.bind(T.float32(1.0) / T.sqrt(variance + float32(epsilon)))
+            rest = [partial(centred, *row) for row in zip(starts, means, strict=True)]
+            variances = [total / number for total in reduce_rows(size, 0.0, rest, square_and_add)]
+            gains = [T.bind(T.float32(1.0) / T.sqrt(variance + float32(epsilon))) for variance in variances]
 
             def normalize(i: Index, n: int) -> None:
-                value, scale = centred(i, n), fill(gain, n)
-                if gamma is not None:
-                    value, scale = T.bind(value * scale), load(gamma, i, n)
-                value = value * scale if beta is None else T.fma(value, scale, load(beta, i, n))
-                writer.put(start + i, value, n)
+                for start, gain, read in zip(starts, gains, rest, strict=True):
+                    value, scale = read(i, n), fill(gain, n)
+                    if gamma is not None:
+                        value, scale = T.bind(value * scale), load(gamma, i, n)
+                    value = value * scale if beta is None else T.fma(value, scale, load(beta, i, n))
+                    writer.put(start + i, value, n)
 
             chunks(size, isa.lanes, normalize)
 
+        for_rows(rows, product((rows, size, _ROW_WORK)), normalized)
     return function.func
 
 
@@ -249,19 +283,24 @@ def rms_norm(
         rows, size = function.size(lead), function.size((count,))
         writer = Writer(finish, ends)
 
-        @for_each(rows, product((rows, size, 3)))
-        def _(row: Index) -> None:
-            start = T.bind(row * size)
-            squares = reduce_row(size, 0.0, lambda i, n: T.bind(load(x, start + i, n)), square_and_add)
-            gain = T.bind(T.float32(1.0) / T.sqrt(squares / number_of(size) + float32(epsilon)))
+        def normalized(group: list[Index]) -> None:
+            starts = [T.bind(row * size) for row in group]
+            squares = reduce_rows(size, 0.0, _reads(x, starts), square_and_add)
+            gains = [T.bind(T.float32(1.0) / T.sqrt(total / number_of(size) + float32(epsilon))) for total in squares]
 
             def normalize(i: Index, n: int) -> None:
-                value = load(x, start + i, n) * fill(gain, n)
-                writer.put(start + i, value if gamma is None else value * load(gamma, i, n), n)
+                for start, gain in zip(starts, gains, strict=True):
+                    value = load(x, start + i, n) * fill(gain, n)
+                    writer.put(start + i, value if gamma is None else value * load(gamma, i, n), n)
 
             chunks(size, isa.lanes, normalize)
 
+        for_rows(rows, product((rows, size, _ROW_WORK)), normalized)
     return function.func
+
+
+def _reads(x: Buffer, starts: list[Index]) -> list[Callable[[Index, int], Expr]]:
+    return [lambda i, n, start=start: T.bind(load(x, start + i, n)) for start in starts]  # type: ignore[misc]
 
 
 @cache
