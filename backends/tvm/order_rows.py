@@ -51,8 +51,8 @@ class _Before:
         graph = self.node.graph
         with graph.inserting_before(self.node):
             made = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        given = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        made.meta["val"] = target(*given[0], **given[1])
+        given = fx.node.map_arg(made.args, lambda n: n.meta["val"])
+        made.meta["val"] = target(*given, **kwargs)
         return made
 
     def moved(self, x: fx.Node, axes: list[Size], order: list[int], shape: list[Size]) -> fx.Node:
