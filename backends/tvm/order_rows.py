@@ -75,7 +75,7 @@ def _order(node: fx.Node, before: _Before) -> None:
     lead, last = [axis for axes in view.dims[:-1] for axis in axes], list(view.dims[-1])
     ordered, every = _by_place(lead), _by_place(lead + last)
     sizes = [axis.size for axis in ordered]
-    shape, width = shape_of(node), sympy.prod(axis.size for axis in last)
+    shape, width = shape_of(node), sympy.Mul(*(axis.size for axis in last))
     asked = {size for size in (*(axis.size for axis in every), *shape, width) if not size.is_Integer}
     if ordered == lead or not _covers(every, shape_of(view.base)) or asked - before.sizes.keys():
         return
@@ -106,4 +106,4 @@ def _covers(axes: list[Axis], shape: list[Size]) -> bool:
         if sympy.expand(axis.step - step) != 0:
             return False
         step *= axis.size
-    return bool(sympy.expand(step - sympy.prod(shape)) == 0)
+    return bool(sympy.expand(step - sympy.Mul(*shape)) == 0)
