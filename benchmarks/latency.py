@@ -97,7 +97,7 @@ def prepared(engine: str, model: str, batch: int, module: str = "benchmarks.engi
         with log.open("w") as file:
             failed = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
         if failed:
-            raise RuntimeError(f"{log.read_text().strip().splitlines()[-1]} ({log})")
+            raise RuntimeError(f"{log.read_text().strip().splitlines()[-1]} ({log.relative_to(ROOT)})")
         done.touch()
     return folder
 
