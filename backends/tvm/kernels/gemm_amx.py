@@ -190,17 +190,19 @@ class _Task:
                 tile, block = where(n)
                 return self._finisher(tile, high, block, vectors, last)
 
-            # Each block of tiles asks for a share of what a step of a later panel takes.
-            asked = held((weights.lines + divisor - 1) // divisor)
+            def asked(n: Index) -> tuple[Index, Index]:
+                """The block's share of the lines that a step of a later panel takes."""
+                share = (weights.lines + divisor - 1) // divisor
+                line = held(T.min(n % divisor * share, weights.lines))
+                return line, held(T.min(line + share, weights.lines))
 
             def sums(n: Index, between: Callable[[Index, int], None]) -> None:
-                begins = T.And(T.And(self.offset != 0, first_of_all), n % divisor == 0)
-                line = held(T.min(n % divisor * asked, weights.lines))
-                lines = (line, held(T.min(line + asked, weights.lines)))
+                lines = asked(n) if self.asks else None
                 emit = partial(self._sums, *where(n), high, weights, lines, between)
                 if self.starts is None:
                     emit()
                 else:
+                    begins = T.And(T.And(self.offset != 0, first_of_all), n % divisor == 0)
                     when(begins, partial(emit, self.starts), emit)
 
             def all_blocks() -> None:
@@ -231,12 +233,12 @@ class _Task:
         block: Index,
         high: int,
         weights: "_Weights",
-        lines: tuple[Index, Index],
+        lines: tuple[Index, Index] | None,
         between: Callable[[Index, int], None],
         starts: Buffer | None = None,
     ) -> None:
         """The sums of ``high`` tiles and the blocks of a panel; ``between(step, steps)`` follows each step, which asks
-        for a later panel's ``lines``. With ``starts``, what the panel's sums start from goes there."""
+        for ``lines`` of a later panel, if any. With ``starts``, what the panel's sums start from goes there."""
         x, vectors, left = self.x, weights.vectors, self.cut.high * self.vectors
         right = left + self.cut.high
         places = [T.bind(x.place(self.cut.first(tile + i)) + self.group * self.p.inputs) for i in range(high)]
@@ -264,7 +266,7 @@ class _Task:
                 )
                 if totals is not None:
                     totals.add(weights, block, tap, word, self.step_words)
-                if self.asks:
+                if lines is not None:
                     weights.ask(lines, block, tap, word)
                 between(tap * steps + k, self.taps * steps)
             if self.tail:
