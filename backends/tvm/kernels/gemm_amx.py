@@ -18,7 +18,6 @@ from t3c_compile.backends.tvm.kernels.amx import BYTES, REGISTERS, ROWS, WORDS
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Index,
-    accumulators,
     ceil_div,
     fill,
     for_each,
@@ -33,7 +32,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
-from t3c_compile.backends.tvm.kernels.product import Epilogue, Product, Rows, joined, narrowed_panel
+from t3c_compile.backends.tvm.kernels.product import ColumnSums, Epilogue, Product, Rows, joined, narrowed_panel
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _TASKS = 8  # into which a product is cut at least, so that it divides well between threads
@@ -256,7 +255,7 @@ class _Task:
                     amx.add_products(i * vectors + v, left + i, register, x.buffer.dtype)
 
         steps = self.steps + (self.tail > 0)
-        totals = _WeightSums(self.isa, vectors) if starts is not None else None
+        totals = ColumnSums(self.isa, vectors, ceil_div(_CHAINS, vectors)) if starts is not None else None
         with x.taps() as (tap, far):
             with T.serial(0, self.steps) as k:
                 word = k * self.step_words
@@ -265,7 +264,7 @@ class _Task:
                     lambda register, v: weights.load(register, block + v, tap, word),
                 )
                 if totals is not None:
-                    totals.add(weights, block, tap, word, self.step_words)
+                    weights.add_to(totals, block, tap, word, self.step_words)
                 if lines is not None:
                     weights.ask(lines, block, tap, word)
                 between(tap * steps + k, self.taps * steps)
@@ -276,7 +275,7 @@ class _Task:
                     lambda register, v: weights.load_tail(register, block + v, tap),
                 )
                 if totals is not None:
-                    totals.add(weights, block, tap, self.steps * WORDS, self.tail)
+                    weights.add_to(totals, block, tap, self.steps * WORDS, self.tail)
                 between(tap * steps + self.steps, self.taps * steps)
         for i in range(high):
             for v in range(vectors):
@@ -357,6 +356,13 @@ class _Weights:
             place = self._packed(later, tap, k + line % words)
             prefetch(self.task.weights, T.min(place, self.task.weights.shape[0] - BYTES))
 
+    def add_to(self, sums: ColumnSums, block: Index, tap: Index, k: Index, words: int) -> None:
+        """Sum up ``words`` words from word ``k`` on, beside the unit's products of them."""
+        for v in range(self.vectors):
+            start = T.bind(self.at(block + v, tap, k))
+            for word in range(words):
+                sums.add(v, word, load(self.buffer, start + word * self.step, BYTES))
+
     def load_tail(self, register: int, block: Index, tap: Index) -> None:
         """The last words, and zeros."""
         amx.load(register, self.tails, self._tail(block - self.first, tap), BYTES)
@@ -375,31 +381,3 @@ class _Weights:
             with T.serial(0, WORDS - task.tail) as k:
                 store(tails, start + (task.tail + k) * BYTES, fill(T.int8(0), BYTES), BYTES)
         return tails
-
-
-class _WeightSums:
-    """Sums of a panel's weights by column, on registers, beside the unit's products of the same words."""
-
-    def __init__(self, isa: Isa, vectors: int) -> None:
-        self.isa = isa
-        # A dot product waits for the one before on the same register.
-        self.chains = accumulators(vectors, ceil_div(_CHAINS, vectors), BLOCK, "int32")
-        for chain in (chain for line in self.chains for chain in line):
-            store(chain, 0, fill(T.int32(0), BLOCK), BLOCK)
-
-    def add(self, weights: "_Weights", block: Index, tap: Index, k: Index, words: int) -> None:
-        """``words`` words from ``k`` on."""
-        ones = fill(T.cast(1, self.isa.activation_dtype), BYTES)
-        for v, line in enumerate(self.chains):
-            start = T.bind(weights.at(block + v, tap, k))
-            for word in range(words):
-                chain = line[word % len(line)]
-                value = load(weights.buffer, start + word * weights.step, BYTES)
-                store(chain, 0, self.isa.dot(load(chain, 0, BLOCK), ones, value), BLOCK)
-
-    def of(self, v: int) -> Expr:
-        """The sums of the panel's block ``v``."""
-        first, *others = (load(chain, 0, BLOCK) for chain in self.chains[v])
-        for other in others:
-            first = first + other
-        return first

@@ -167,13 +167,34 @@ def narrowed_panel(
 
 def weight_sums(isa: Isa, weights: Buffer, at: Place, taps: int, words: int, count: int, bits: int) -> list[Buffer]:
     """Sums of the weight words ``at(register, tap, word)``, one small int32 buffer a register."""
-    lanes = isa.lanes
-    sums = accumulators(1, count, lanes, "int32")[0]
-    ones = fill(T.cast(1, isa.activation_dtype), lanes * QUAD)
-    for total in sums:
-        store(total, 0, fill(T.int32(0), lanes), lanes)
+    sums = ColumnSums(isa, count)
     with T.serial(0, taps) as tap, T.serial(0, words) as k:
-        for v, total in enumerate(sums):
-            word = weight_words(isa, weights, at(v, tap, k), bits)
-            store(total, 0, isa.dot(load(total, 0, lanes), ones, word), lanes)
-    return sums
+        for v in range(count):
+            sums.add(v, 0, weight_words(isa, weights, at(v, tap, k), bits))
+    return [chain for (chain,) in sums.chains]
+
+
+class ColumnSums:
+    """Sums of weight words by column, of ``registers`` of columns, by the dot product with ones.
+
+    One waits for the one before in its chain, of which each register has ``chains``.
+    """
+
+    def __init__(self, isa: Isa, registers: int, chains: int = 1) -> None:
+        self._isa = isa
+        self.chains = accumulators(registers, chains, isa.lanes, "int32")
+        for chain in (chain for line in self.chains for chain in line):
+            store(chain, 0, fill(T.int32(0), isa.lanes), isa.lanes)
+
+    def add(self, register: int, number: int, words: Expr) -> None:
+        """Add a register's words, in the chain whose turn ``number`` is."""
+        lanes, line = self._isa.lanes, self.chains[register]
+        chain, ones = line[number % len(line)], fill(T.cast(1, self._isa.activation_dtype), lanes * QUAD)
+        store(chain, 0, self._isa.dot(load(chain, 0, lanes), ones, words), lanes)
+
+    def of(self, register: int) -> Expr:
+        """A register's sums."""
+        first, *others = (load(chain, 0, self._isa.lanes) for chain in self.chains[register])
+        for other in others:
+            first = first + other
+        return first
