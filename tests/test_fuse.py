@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from tvm.runtime import vm as runtime
 
 import t3c_compile.passes.ops  # noqa: F401  (registers the ops)
+from t3c_compile.backends import cpu
 from t3c_compile.backends.targets import get_target
 from t3c_compile.backends.tvm.build import Library, build_library
 from t3c_compile.backends.tvm.fuse import fuse
 from t3c_compile.backends.tvm.prepare import prepare
 
+NO_AMX = pytest.mark.skipif(
+    not cpu.features().issuperset(get_target("x86_64-amx").features), reason="this processor has no AMX"
+)
 ops = torch.ops.t3c
 
 
@@ -99,7 +103,7 @@ def test_convolutions(target: str, size: tuple[int, int], tmp_path: Path) -> Non
         np.testing.assert_array_equal(run(model, library, vm, x), model(x).detach().numpy())
 
 
-@pytest.mark.parametrize("target", ["x86_64", "x86_64-v3"])
+@pytest.mark.parametrize("target", ["x86_64", "x86_64-v3", pytest.param("x86_64-amx", marks=NO_AMX)])
 @pytest.mark.parametrize("act", ["gelu_f32", "gelu_tanh_f32", "silu_f32", "tanh_f32"])
 def test_linears(target: str, act: str, tmp_path: Path) -> None:
     torch.manual_seed(1)

@@ -57,7 +57,7 @@ def depthwise(
                 for r, cell in enumerate(sums):
 
                     def finish(r: int = r, cell: Buffer = cell) -> None:
-                        epilogue(row + r, column, valid, load(cell, 0, lanes) - extra)
+                        epilogue.store([row + r], column, valid, [load(cell, 0, lanes) - extra])
 
                     when(row + r < last, finish)
 

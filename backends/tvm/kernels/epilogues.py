@@ -1,6 +1,6 @@
 """What becomes of a product's int32 sums: the layer's float32 results, or a chain's int8 middle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -24,14 +24,15 @@ def dense(isa: Isa, writer: Writer, outputs: int, x_scale: Expr, scale: Buffer, 
     """``sums * (scale * x_scale) + bias``, finished by ``writer`` as [rows, outputs]."""
     lanes = isa.lanes
 
-    def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
-        gain = load_partial(scale, column, lanes, valid) * fill(x_scale, lanes)
-        value = T.cast(acc, vec("float32", lanes)) * gain
+    def store_all(rows: Sequence[Index], column: Index, valid: int, sums: Sequence[Expr]) -> None:
+        gain = T.bind(load_partial(scale, column, lanes, valid) * fill(x_scale, lanes))
+        values = [T.cast(acc, vec("float32", lanes)) * gain for acc in sums]
         if bias is not None:
-            value = value + load_partial(bias, column, lanes, valid)
-        writer.put(row * outputs + column, value, lanes, valid)
+            added = T.bind(load_partial(bias, column, lanes, valid))
+            values = [value + added for value in values]
+        writer.put_all([row * outputs + column for row in rows], values, lanes, valid)
 
-    return epilogue
+    return Epilogue(store_all, isa.side_by_side if writer.has_function else 1)
 
 
 def chain_end(
@@ -40,15 +41,17 @@ def chain_end(
     """``sums * h_scale * gain + bias``, finished by ``writer`` as [rows, outputs]."""
     lanes = isa.lanes
 
-    def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
-        value = T.cast(acc, vec("float32", lanes)) * fill(h_scale, lanes)
+    def store_all(rows: Sequence[Index], column: Index, valid: int, sums: Sequence[Expr]) -> None:
+        values = [T.cast(acc, vec("float32", lanes)) * fill(h_scale, lanes) for acc in sums]
         if gain is not None:
-            value = value * load_partial(gain, column, lanes, valid)
+            factor = T.bind(load_partial(gain, column, lanes, valid))
+            values = [value * factor for value in values]
         if bias is not None:
-            value = value + load_partial(bias, column, lanes, valid)
-        writer.put(row * outputs + column, value, lanes, valid)
+            added = T.bind(load_partial(bias, column, lanes, valid))
+            values = [value + added for value in values]
+        writer.put_all([row * outputs + column for row in rows], values, lanes, valid)
 
-    return epilogue
+    return Epilogue(store_all, isa.side_by_side if writer.has_function else 1)
 
 
 def middle(
@@ -59,7 +62,7 @@ def middle(
     lanes = isa.lanes
     rest = max(end, ceil_div(rank, isa.word) * isa.word) - ceil_div(rank, lanes) * lanes
 
-    def epilogue(row: Index, column: Index, valid: int, acc: Expr) -> None:
+    def one(row: Index, column: Index, valid: int, acc: Expr) -> None:
         value = T.cast(acc, vec("float32", lanes)) * (load_partial(scale, column, lanes, valid) * fill(factor, lanes))
         # Symmetric. Lanes past the rank are zero (their scale is), as the next product needs.
         h = bounded_int32(value, T.float32(-127), None if isa.offset else T.float32(127), lanes)
@@ -68,4 +71,8 @@ def middle(
             zeros = fill(T.cast(isa.offset, isa.activation_dtype), rest)
             when(column + lanes >= rank, lambda: store(target, place(row) + column + lanes, zeros, rest))
 
-    return epilogue
+    def store_all(rows: Sequence[Index], column: Index, valid: int, sums: Sequence[Expr]) -> None:
+        for row, acc in zip(rows, sums, strict=True):
+            one(row, column, valid, acc)
+
+    return Epilogue(store_all)

@@ -22,6 +22,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     store_partial,
     vec,
 )
+from t3c_compile.backends.tvm.kernels.side_by_side import SideBySide, Vectors
 from t3c_compile.passes.ops.elementwise import FUNCTIONS
 
 ADD, ADD_INT8 = "add", "add int8"
@@ -99,27 +100,48 @@ class Writer:
         self._forms = [(q, *pair) for q, pair in zip(buffers[count + 2 :], pairs, strict=False)]
         self._added_scales = pairs[finish.quantized :]
 
+    @property
+    def has_function(self) -> bool:
+        """Whether results go through a function of many steps."""
+        return any(step in FUNCTIONS for step in self._finish.steps)
+
     def put(self, index: Index, value: Expr, lanes: int, valid: int | None = None) -> None:
         """Write the first ``valid`` (all) of ``lanes`` results that lie from element ``index`` on."""
-        valid = lanes if valid is None else valid
+        self.put_all([index], [value], lanes, lanes if valid is None else valid)
+
+    def put_all(self, places: Sequence[Index], values: Sequence[Expr], lanes: int, valid: int) -> None:
+        """The same of several vectors of results side by side, each from its place on."""
         added, scales = iter(self._added), iter(self._added_scales)
         for step in self._finish.steps:
             if step == ADD:
+                tensor = next(added)
+                others = [load_partial(tensor, at, lanes, valid) for at in places]
                 # Never one operation with a product before it: the reference rounds both.
-                value = vmath.rounded(value, lanes) + load_partial(next(added), index, lanes, valid)
+                values = [vmath.rounded(value, lanes) + other for value, other in zip(values, others, strict=True)]
             elif step == ADD_INT8:
-                (scale, zero_point), form = next(scales), load_partial(next(added), index, lanes, valid)
-                whole = T.cast(T.cast(form, vec("int32", lanes)), vec("float32", lanes)) - fill(zero_point, lanes)
-                value = vmath.rounded(value, lanes) + vmath.rounded(whole * fill(scale, lanes), lanes)
+                tensor, (scale, zero_point) = next(added), next(scales)
+                wholes = [_whole(load_partial(tensor, at, lanes, valid), zero_point, lanes) for at in places]
+                values = [
+                    vmath.rounded(value, lanes) + vmath.rounded(whole * fill(scale, lanes), lanes)
+                    for value, whole in zip(values, wholes, strict=True)
+                ]
+            elif len(values) > 1 and step in FUNCTIONS:
+                values = FUNCTIONS[step](SideBySide(lanes), Vectors(values)).each
             else:
-                value = ACTIVATIONS[step](T.bind(value), lanes)
-        value = T.bind(value)
-        if self._y is not None:
-            store_partial(self._y, index, value, lanes, valid)
+                values = [ACTIVATIONS[step](T.bind(value), lanes) for value in values]
+        values = [T.bind(value) for value in values]
         positive = self._finish.steps[-1:] == ("relu",)
-        for q, inverse, zero_point in self._forms:
-            form = quantized_int32(value, inverse, zero_point, lanes, self._finish.offset, positive)
-            store_partial(q, index, narrowed(form, self._finish.offset, lanes), lanes, valid)
+        for at, value in zip(places, values, strict=True):
+            if self._y is not None:
+                store_partial(self._y, at, value, lanes, valid)
+            for q, inverse, zero_point in self._forms:
+                form = quantized_int32(value, inverse, zero_point, lanes, self._finish.offset, positive)
+                store_partial(q, at, narrowed(form, self._finish.offset, lanes), lanes, valid)
+
+
+def _whole(form: Expr, zero_point: Expr, lanes: int) -> Expr:
+    """int8 ``form`` without its zero point, float32."""
+    return T.cast(T.cast(form, vec("int32", lanes)), vec("float32", lanes)) - fill(zero_point, lanes)
 
 
 def quantized(value: Expr, inverse: Expr, zero_point: Expr, lanes: int) -> Expr:

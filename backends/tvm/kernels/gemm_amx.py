@@ -37,6 +37,7 @@ from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _TASKS = 8  # into which a product is cut at least, so that it divides well between threads
 _SHORT = 1024  # inputs: sums of fewer are short
+_IN_TURN = 384  # inputs: functions of sums of no more are worked out in turn with them
 _CHUNK_ROWS = 512  # of a task, where there are more than twice as many
 _AHEAD = 2  # panels, whose weights are asked for
 _CHAINS = 8  # of dot products that do not wait for each other
@@ -143,6 +144,8 @@ class _Task:
         # A processor follows long streams of weights by itself, and many rows take little from memory.
         few = static(p.rows) is None or p.rows <= _CHUNK_ROWS
         self.asks = few and self.taps == 1 and p.inputs < _SHORT
+        # Functions take the unit's port of the processor: they are worked out in turn with short sums, many at once.
+        self.together = epilogue.at_once if p.inputs <= _IN_TURN else 1
         self.offset = p.zero_point + (0 if x.buffer.dtype == "int8" else isa.offset)
         # Steps of one size, where zeros follow the inputs over the next weights; else whole ones, and a last one that
         # zeros fill up.
@@ -206,6 +209,11 @@ class _Task:
 
             def all_blocks() -> None:
                 total, rows = blocks * count, self.cut.rows
+                if self.together > 1:
+                    with T.serial(0, total) as n:
+                        sums(n, lambda step, steps: None)
+                        finish(n)(0, ceil_div(rows, self.together))
+                    return
                 sums(0, lambda step, steps: None)
                 with T.serial(0, total - 1) as before:
                     end = finish(before)
@@ -288,19 +296,25 @@ class _Task:
     def _finisher(
         self, tile: Index, high: int, block: Index, vectors: int, last: int
     ) -> Callable[[Index, Index], None]:
-        """What hands the rows from one to before another of each tile to the epilogue."""
+        """What hands the rows from one to before another of each tile to the epilogue; in turn, they count in groups of
+        those that it takes at once."""
         firsts = [self.cut.first(tile + i) for i in range(high)]
         column = T.bind(self.group * self.p.columns + block * BLOCK)
 
         def finish(start: Index, end: Index) -> None:
-            with T.serial(start, end) as r:
+            with T.serial(start, end) as n:
+                # Where groups do not divide the rows, the last has one several times.
+                end_row, group = self.cut.rows - 1, range(self.together)
+                rows = [n] if len(group) == 1 else [T.bind(T.min(n * len(group) + r, end_row)) for r in group]
                 for i, first in enumerate(firsts):
                     for v in range(vectors):
-                        total = load(self.scratch, ((i * ROWS + r) * vectors + v) * BLOCK, BLOCK)
+                        places = [((i * ROWS + row) * vectors + v) * BLOCK for row in rows]
+                        sums = [load(self.scratch, place, BLOCK) for place in places]
                         if self.starts is not None:
-                            total = T.bind(total + load(self.starts, self._start(block + v), BLOCK))
+                            begin = load(self.starts, self._start(block + v), BLOCK)
+                            sums = [T.bind(total + begin) for total in sums]
                         valid = last if v == vectors - 1 else BLOCK
-                        self.epilogue(first + r, column + v * BLOCK, valid, total)
+                        self.epilogue.store([first + row for row in rows], column + v * BLOCK, valid, sums)
 
         return finish
 

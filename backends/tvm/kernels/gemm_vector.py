@@ -257,20 +257,30 @@ def _panel(
                     if rest:
                         with T.serial(0, rest) as k:
                             add(tap, far, turns * isa.turn + k, 1)
-            for r in range(rows):
 
-                def finish(r: int = r) -> None:
-                    line = acc[r // isa.height]
-                    for v in range(vectors):
-                        valid = min(lanes, columns - v * lanes)
-                        cells = line[v * isa.height : (v + 1) * isa.height]
-                        total = row_sums(isa, cells, r)
-                        if panel:
-                            total = T.bind(total << fill(T.int32(8 - p.bits), lanes))
-                        epilogue(row + r, group * p.columns + column + v * lanes, valid, total)
+            def finish(some: range) -> None:
+                for v in range(vectors):
+                    cells = slice(v * isa.height, (v + 1) * isa.height)
+                    totals = [row_sums(isa, acc[r // isa.height][cells], r) for r in some]
+                    if panel:
+                        totals = [T.bind(total << fill(T.int32(8 - p.bits), lanes)) for total in totals]
+                    valid, at = min(lanes, columns - v * lanes), group * p.columns + column + v * lanes
+                    epilogue.store([row + r for r in some], at, valid, totals)
 
-                always = count is not None and count % rows == 0 and chunk % rows == 0
-                when(True if always else row + r < last, finish)
+            def finish_all() -> None:
+                for start in range(0, rows, epilogue.at_once):
+                    finish(range(start, min(start + epilogue.at_once, rows)))
+
+            def finish_some() -> None:
+                for r in range(rows):
+                    when(row + r < last, partial(finish, range(r, r + 1)))
+
+            if count is not None and count % rows == 0 and chunk % rows == 0:
+                finish_all()
+            elif epilogue.at_once > 1:
+                when(row + rows <= last, finish_all, finish_some)
+            else:
+                finish_some()
 
     # The last panel may be narrower than the others.
     by_rows(p.rows, tile.rows if vectors == tile.vectors else _height(isa, count, vectors), sweep)

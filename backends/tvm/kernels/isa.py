@@ -31,6 +31,7 @@ class Isa:
     ``narrows_panels``: weights of fewer bits are rounded once for a task's rows, not for each tile, because rounding
     takes the units that ``dot`` does.
     ``panel``: vectors side by side in a tile that is not tuned.
+    ``side_by_side``: vectors of results that go through a function side by side, see ``side_by_side.py``.
     ``narrow``: weights of fewer bits are multiplied as whole numbers of their own width, see ``gemm_pairs.py``.
     ``matrices``: AMX multiplies whole matrices of such words, signed or not, see ``gemm_amx.py``; all else is AVX512's.
     """
@@ -44,6 +45,7 @@ class Isa:
     turn: int = 1
     narrows_panels: bool = False
     panel: int = 4
+    side_by_side: int = 1
     narrow: bool = False
     matrices: bool = False
 
@@ -135,7 +137,7 @@ def _isa(
     return Isa(name, lanes, registers, False, dot, height, turn, narrows_panels)
 
 
-_AVX512VNNI = Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True)
+_AVX512VNNI = Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True, side_by_side=8)
 _ISAS = {
     "amx": replace(_AVX512VNNI, name="amx", matrices=True),
     "avx512vnni": _AVX512VNNI,

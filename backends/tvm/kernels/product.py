@@ -5,7 +5,7 @@ offset, sums start from ``-offset * sum(weights)``, summed once per panel by the
 prefix and any width, and needs nothing stored.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -28,8 +28,18 @@ from t3c_compile.backends.tvm.kernels.emit import (
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
 
-# store(row, column, valid lanes, int32 sums)
-Epilogue = Callable[[Index, Index, int, Expr], None]
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of sums: ``store(rows, column, valid lanes, int32 sums)``, a vector of sums for each of the rows.
+
+    ``at_once``: how many rows it is best given, where there are as many: more than one where much is done to a sum.
+    """
+
+    store: Callable[[Sequence[Index], Index, int, Sequence[Expr]], None]
+    at_once: int = 1
+
+
 # place(register, tap, word): where a register of weights lies
 Place = Callable[[int, Index, Index], Index]
 
