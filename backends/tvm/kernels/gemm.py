@@ -23,5 +23,5 @@ def default_tile(isa: Isa, lead: Sequence[int | str], columns: int, depth: int) 
     """The tile of a product that was not tuned, ``depth`` inputs a sum. What is not known of its rows is taken for 1: a
     batch of one sample."""
     if isa.matrices:
-        return gemm_amx.default_tile(lead, depth)
+        return gemm_amx.default_tile(lead, columns, depth)
     return gemm_vector.default_tile(isa, lead, columns)

@@ -43,7 +43,7 @@ _AHEAD = 2  # panels, whose weights are asked for
 _CHAINS = 8  # of dot products that do not wait for each other
 
 
-def default_tile(lead: Sequence[int | str], depth: int) -> Tile:
+def default_tile(lead: Sequence[int | str], columns: int, depth: int) -> Tile:
     """The tile of a product that was not tuned, as :func:`gemm.default_tile` says."""
     rows = prod(size_at(size, {}) for size in lead)
     tiles = ceil_div(rows, ROWS)
@@ -52,7 +52,9 @@ def default_tile(lead: Sequence[int | str], depth: int) -> Tile:
     # Two by two, all of one height; one by two where results take as long as products: small blocks mix them better.
     high = 1 if depth < _SHORT else 2
     height = ceil_div(rows, ceil_div(tiles, high) * high)
-    return Tile(high * height, 2, rows if rows <= 2 * _CHUNK_ROWS else _CHUNK_ROWS)
+    # Where columns are too few to divide well between threads, rows are divided, too.
+    chunk = rows if ceil_div(columns, 2 * BLOCK) >= _TASKS else ceil_div(tiles, 2) * ROWS
+    return Tile(high * height, 2, chunk if rows <= 2 * _CHUNK_ROWS else _CHUNK_ROWS)
 
 
 def fits(tile: Tile) -> bool:
