@@ -95,6 +95,8 @@ class CudaCases(nn.Module):
         mask = x[:, None, :, :9] > 0
         y["attention_int8"] = t3c.attention_int8(wide, wide[:, :1] * 3, wide[:, :1] + 1, mask, False, 0.3)
         y["attention_added"] = t3c.attention_int8(wide, wide + 1, wide * 2, x[:, None, :, :9], True, 0.2)
+        heads_last = t3c.attention_int8(wide, wide * 2, wide, None, True, 0.3).transpose(1, 2).flatten(2)
+        y["attention_rounded"] = ops.dequantize_int8(ops.quantize_int8(heads_last, 0.02, -4), 0.02, -4)
         y["embedding"] = ops.int8_embedding(self.tokens, self.table, self.table_scale, 6)
         y["cumsum"] = torch.cumsum(self.tokens, 1)
         y["index_copy"] = self.rows.index_copy(0, self.places, self.rows[1:3] * 2)

@@ -136,7 +136,7 @@ def _conv_transpose3d(lower: Lowering, a: Arguments) -> relax.Var:
     return lower.emit(relax.op.add(y, lower.emit(relax.op.reshape(lower.value(a["bias"]), [-1, 1, 1, 1]))))
 
 
-def attention(lower: Lowering, a: Arguments, attend: Attend = one_kernel) -> relax.Var:
+def attention(lower: Lowering, a: Arguments, attend: Attend = one_kernel) -> relax.Var | None:
     query = lower.value(a["query"])
     if str(query.ty.dtype) != "float32" or len(shape_of(query)) not in (3, 4) or a["dropout_p"]:
         return lower.default()

@@ -6,6 +6,7 @@ from typing import Any
 
 import sympy
 import torch
+import tvm
 from torch import fx
 from tvm import relax, te
 from tvm.ir import Expr
@@ -13,6 +14,7 @@ from tvm.ir import Expr
 from t3c_compile.backends.tvm.kernels import vmath
 from t3c_compile.backends.tvm.kernels.attention import attention
 from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Layout, plain
+from t3c_compile.backends.tvm.kernels.finish import PLAIN
 from t3c_compile.backends.tvm.lowering import Arguments, Converter, Lowering
 from t3c_compile.backends.tvm.relax_shapes import dims, shape_of
 from t3c_compile.backends.tvm.strides import lying
@@ -93,17 +95,27 @@ def _swaps_tokens(node: Any) -> bool:
     return [d % len(order) for d in order] == _SWAP
 
 
+# The call of the kernel that writes attention's result.
+CallLast = Callable[[tvm.tirx.PrimFunc, list[relax.Expr | None]], relax.Var | None]
+
+
 def one_kernel(
-    lower: Lowering, spec: AttentionSpec, args: list[relax.Expr | None], shape: list[Any], sizes: tuple[Any, Any, Any]
-) -> relax.Var:
-    return lower.call(attention(lower.isa, spec), args, shape, "float32")
+    lower: Lowering,
+    spec: AttentionSpec,
+    args: list[relax.Expr | None],
+    sizes: tuple[Any, Any, Any],
+    call_last: CallLast,
+) -> relax.Var | None:
+    return call_last(attention(lower.isa, spec), args)
 
 
-# From query, key, value and mask: the result of a shape; (batch, rows, keys) are the sizes the spec has by name.
-Attend = Callable[[Lowering, AttentionSpec, list[relax.Expr | None], list[Any], tuple[Any, Any, Any]], relax.Var]
+# From query, key, value and mask: the result; (batch, rows, keys) are the sizes the spec has by name.
+Attend = Callable[[Lowering, AttentionSpec, list[relax.Expr | None], tuple[Any, Any, Any], CallLast], relax.Var | None]
 
 
-def attention_f32(lower: Lowering, a: Arguments, integers: bool = False, attend: Attend = one_kernel) -> relax.Var:
+def attention_f32(
+    lower: Lowering, a: Arguments, integers: bool = False, attend: Attend = one_kernel
+) -> relax.Var | None:
     """``t3c::attention_f32``, ``t3c::attention_int8``, and ATen's, whose inputs may have three dimensions.
 
     Inputs that are views of other tensors are read as they lie, and an output that is transposed to [batch, tokens,
@@ -123,7 +135,7 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False, attend:
         lead = [1] * (2 - len(lead)) + lead if four or not lead else [*lead, 1]
         mask_shape = [*lead, *mask_shape[-2:]]
         mask = lower.emit(relax.op.reshape(mask, mask_shape))
-    last = four and bool(lower.node.users) and all(_swaps_tokens(user) for user in lower.node.users)
+    last = four and bool(lower.readers) and all(map(_swaps_tokens, lower.readers))
     (q, q_layout), (k, k_layout), (v, v_layout) = (_heads(lower, *pair) for pair in zip(nodes, shapes, strict=True))
     written = plain(dims([batch])[0], heads, dims([count])[0], value_width, last)
     spec = AttentionSpec(
@@ -140,12 +152,17 @@ def attention_f32(lower: Lowering, a: Arguments, integers: bool = False, attend:
         None if mask is None else str(mask.ty.dtype),
         dims(mask_shape),
         integers,
+        lower.finish if lower.is_fused else PLAIN,
     )
     shape = [batch, count, heads, value_width] if last else [batch, heads, count, value_width]
-    y = attend(lower, spec, [q, k, v, mask], shape, (batch, count, keys))
-    if last:
-        lower.tokens_first[lower.node] = y
-        return lower.emit(relax.op.permute_dims(y, _SWAP))
+
+    def call_last(kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None]) -> relax.Var | None:
+        if lower.is_fused:
+            return lower.call_fused(kernel, args, shape, tokens_first=last)
+        y = lower.call(kernel, args, shape, "float32")
+        return lower.heads_first(lower.node, y) if last else y
+
+    y = attend(lower, spec, [q, k, v, mask], (batch, count, keys), call_last)
     return y if four else lower.emit(relax.op.reshape(y, [batch, count, value_width]))
 
 

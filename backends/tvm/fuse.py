@@ -25,6 +25,8 @@ _HEADS = (
     "layer_norm_f32",
     "rms_norm_f32",
 )
+# Their kernels write int8 forms, but take over nothing else.
+_ATTENTION = ("attention_f32", "attention_int8")
 
 
 @dataclass
@@ -53,6 +55,12 @@ class Fused:
         return nodes
 
     @property
+    def readers(self) -> list[fx.Node]:
+        """The nodes that read ``last`` or one of its forms."""
+        forms = {node for nodes in self.forms.values() for node in nodes}
+        return [reader for user in self.last.users for reader in (user.users if user in forms else (user,))]
+
+    @property
     def finish(self) -> Finish:
         return Finish(tuple(self.steps), self.floats, len(self.forms))
 
@@ -62,13 +70,13 @@ def fuse(graph: fx.Graph, take_over: bool = True) -> list[Fused]:
     taken: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
-        if _name(node) not in _HEADS or (_name(node) == "max_pool2d" and not _is_pooled_here(node)):
+        if _name(node) not in (*_HEADS, *_ATTENTION) or (_name(node) == "max_pool2d" and not _is_pooled_here(node)):
             continue
         fused = Fused(node, node)
         found.append(fused)
         if not take_over:
             continue
-        while len(fused.last.users) == 1:
+        while len(fused.last.users) == 1 and _name(node) not in _ATTENTION:
             (user,) = fused.last.users
             if user in taken or not _take(fused, user):
                 break

@@ -218,6 +218,11 @@ class Lowering:
         return self._fused is not None
 
     @property
+    def readers(self) -> list[fx.Node]:
+        """The nodes that read what the kernel called for the present node writes."""
+        return list(self.node.users) if self._fused is None else self._fused.readers
+
+    @property
     def finish(self) -> Finish:
         """How the kernel called for the present node ends."""
         finish: Finish = self._fused.finish
@@ -229,11 +234,17 @@ class Lowering:
         return replace(self.finish, offset=self.isa.offset)
 
     def call_fused(
-        self, kernel: tvm.tirx.PrimFunc, args: list[relax.Expr | None], shape: list[Any], channels_last: bool = False
+        self,
+        kernel: tvm.tirx.PrimFunc,
+        args: list[relax.Expr | None],
+        shape: list[Any],
+        channels_last: bool = False,
+        tokens_first: bool = False,
     ) -> relax.Var | None:
         """Emit a call of ``kernel``, which ends as :attr:`finish`; its float32 result, None where it has none.
 
         ``channels_last``: ``shape`` and all that the kernel adds and writes are so; it ends as :attr:`image_finish`.
+        ``tokens_first``: what it writes lies as [batch, tokens, heads, width].
         """
         fused: Fused = self._fused
         forms = [number for scale, zero_point in fused.forms for number in (1 / scale, zero_point)]
@@ -250,10 +261,21 @@ class Lowering:
         results = [called] if len(types) == 1 else [self.emit(called[i]) for i in range(len(types))]
         for nodes, result in zip(fused.forms.values(), results[fused.floats :], strict=True):
             for node in nodes:
-                self._forms[node] = self._int8_images(node, result) if channels_last else result
+                if channels_last:
+                    self._forms[node] = self._int8_images(node, result)
+                else:
+                    self._forms[node] = self.heads_first(node, result) if tokens_first else result
         if not fused.floats:
             return None
-        return self._channels_first(fused.last, results[0]) if channels_last else results[0]
+        if channels_last:
+            return self._channels_first(fused.last, results[0])
+        return self.heads_first(fused.last, results[0]) if tokens_first else results[0]
+
+    def heads_first(self, node: fx.Node, heads: relax.Var) -> relax.Var:
+        """Keep ``heads``, which lie as [batch, tokens, heads, width], as ``node``'s; what reads them otherwise has them
+        moved."""
+        self.tokens_first[node] = heads
+        return self.emit(relax.op.permute_dims(heads, [0, 2, 1, 3]))
 
     def emit(self, expression: relax.Expr) -> relax.Var:
         return self._importer.block_builder.emit(expression)

@@ -16,7 +16,7 @@ from t3c_compile.backends.tvm.cuda.float_gemm import float_product
 from t3c_compile.backends.tvm.cuda.gemm import Left, Product, Right, multiply
 from t3c_compile.backends.tvm.cuda.rows import Row, for_each_row
 from t3c_compile.backends.tvm.cuda.threads import words
-from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, Layout
+from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, Layout, Places
 from t3c_compile.backends.tvm.kernels.emit import (
     Buffer,
     Function,
@@ -28,6 +28,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     static,
     when,
 )
+from t3c_compile.backends.tvm.kernels.finish import Writer
 from t3c_compile.backends.tvm.kernels.rows import LEAST, add
 from t3c_compile.backends.tvm.kernels.vmath import Lanes
 from t3c_compile.passes.ops.float_math import fast_exp
@@ -58,9 +59,16 @@ def _sizes(function: Function, s: AttentionSpec) -> _Sizes:
     return _Sizes(batch, s.groups * s.share, s.groups, rows, keys)
 
 
+def _steps(function: Function, layout: Layout) -> tuple[Index, Index, Index]:
+    return function.size(layout.batch), function.size(layout.head), function.size(layout.token)
+
+
 def _heads(function: Function, buffer: Buffer, tokens: Index, layout: Layout) -> Heads:
-    steps = (function.size(layout.batch), function.size(layout.head), function.size(layout.token))
-    return Heads(buffer, tokens, layout.start, steps)
+    return Heads(tokens, layout.start, _steps(function, layout), buffer)
+
+
+def _places(function: Function, tokens: Index, layout: Layout) -> Places:
+    return Places(tokens, layout.start, _steps(function, layout))
 
 
 def _score_shape(s: AttentionSpec) -> tuple[int | str, ...]:
@@ -157,21 +165,22 @@ def _softmax(row: Row, scores: Buffer, start: Index) -> tuple[Expr, Expr]:
 
 @cache
 def float_values(s: AttentionSpec) -> tvm.tirx.PrimFunc:
-    """(float32 exponentials, inverse, float32 value, float32 y)."""
+    """(float32 exponentials, inverse, float32 value, ``finish``)."""
     with prim_func("cuda_attention_values") as function:
         shape = _score_shape(s)
-        e, inverse, v, y = function.args(
+        e, inverse, v, *ends = function.args(
             exponentials=(shape, "float32"),
             inverse=(shape[:3], "float32"),
             value=(s.layouts[2].shape, "float32"),
-            y=(s.layouts[3].shape, "float32"),
+            **s.finish.arguments(s.layouts[3].shape),
         )
         d = _sizes(function, s)
-        value, output = (_heads(function, *x) for x in ((v, d.keys, s.layouts[2]), (y, d.rows, s.layouts[3])))
+        value, output = _heads(function, v, d.keys, s.layouts[2]), _places(function, d.rows, s.layouts[3])
+        writer = Writer(s.finish, ends)
 
         def epilogue(head: Index, row: Index, column: Index, total: Expr) -> None:
             at = output.row(head // d.heads, head % d.heads, row) + column
-            T.buffer_store(y, total * inverse[head * d.rows + row], [at])
+            writer.put(at, total * inverse[head * d.rows + row], 1)
 
         float_product(
             d.batch * d.heads,
@@ -323,26 +332,26 @@ def integer_shares(s: AttentionSpec) -> tvm.tirx.PrimFunc:
 
 @cache
 def integer_values(s: AttentionSpec) -> tvm.tirx.PrimFunc:
-    """(int8 shares, float32 factors, int8 values [batch, groups, width, padded keys], float32 y)."""
+    """(int8 shares, float32 factors, int8 values [batch, groups, width, padded keys], ``finish``)."""
     with prim_func("cuda_attention_int8_values") as function:
         (keys,) = function.dims((s.keys,))
         across = padded(keys)
         lead = (s.batch, s.groups * s.share, s.rows)
-        p, factors, v, y = function.args(
+        p, factors, v, *ends = function.args(
             shares=((*lead, across), "int8"),
             factors=(lead, "float32"),
             value=((s.batch, s.groups, s.value_width, across), "int8"),
-            y=(s.layouts[3].shape, "float32"),
+            **s.finish.arguments(s.layouts[3].shape),
         )
-        d, output_layout = _sizes(function, s), s.layouts[3]
-        output = _heads(function, y, d.rows, output_layout)
+        d = _sizes(function, s)
+        output, writer = _places(function, d.rows, s.layouts[3]), Writer(s.finish, ends)
         many = across // 4
         p_words, width = _rows_of(p, d.batch * d.heads * d.rows, across, many)
         v_words, _ = _rows_of(v, d.batch * d.groups * s.value_width, across, many)
 
         def epilogue(head: Index, row: Index, column: Index, total: Expr) -> None:
             at = output.row(head // d.heads, head % d.heads, row) + column
-            T.buffer_store(y, T.cast(total, "float32") * factors[head * d.rows + row], [at])
+            writer.put(at, T.cast(total, "float32") * factors[head * d.rows + row], 1)
 
         multiply(
             Product(d.rows, s.value_width, 1, many, 8, d.batch * d.heads),

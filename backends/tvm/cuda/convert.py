@@ -11,7 +11,7 @@ from tvm import relax
 
 from t3c_compile.backends.tvm.convert import CONVERTERS, attention
 from t3c_compile.backends.tvm.convert_convs import window_of
-from t3c_compile.backends.tvm.convert_floats import attention_f32
+from t3c_compile.backends.tvm.convert_floats import CallLast, attention_f32
 from t3c_compile.backends.tvm.cuda import attention as kernels
 from t3c_compile.backends.tvm.cuda.float_gemm import FloatLayerSpec, float_layer
 from t3c_compile.backends.tvm.cuda.layers import CHAIN_END, MIDDLE, LayerSpec, layer
@@ -163,8 +163,12 @@ def _linear(lower: Lowering, a: Arguments) -> relax.Var | None:
 
 
 def _attend(
-    lower: Lowering, s: AttentionSpec, args: list[relax.Expr | None], shape: list[Any], sizes: tuple[Any, Any, Any]
-) -> relax.Var:
+    lower: Lowering,
+    s: AttentionSpec,
+    args: list[relax.Expr | None],
+    sizes: tuple[Any, Any, Any],
+    call_last: CallLast,
+) -> relax.Var | None:
     q, k, v, mask = args
     batch, rows, keys = sizes
     heads = s.groups * s.share
@@ -172,7 +176,7 @@ def _attend(
     if not s.integers:
         x = lower.call(kernels.float_scores(s), [q, k, mask], scores, "float32")
         e, inverse = lower.call_several(kernels.exponentials(s), [x], [(scores, "float32"), (lead, "float32")])
-        return lower.call(kernels.float_values(s), [e, inverse, v], shape, "float32")
+        return call_last(kernels.float_values(s), [e, inverse, v])
     across = kernels.padded(keys)
 
     def whole(x: relax.Expr | None, which: int, tokens: Any, count: int, width: int) -> tuple[relax.Var, relax.Var]:
@@ -187,7 +191,7 @@ def _attend(
     x = lower.call(kernels.integer_scores(s), [q, q_step, k, k_step, mask], scores, "float32")
     share_types = [([*lead, across], "int8"), (lead, "float32")]
     shares, factors = lower.call_several(kernels.integer_shares(s), [x, v_step], share_types)
-    return lower.call(kernels.integer_values(s), [shares, factors, v], shape, "float32")
+    return call_last(kernels.integer_values(s), [shares, factors, v])
 
 
 CUDA_CONVERTERS: dict[str, Converter] = {

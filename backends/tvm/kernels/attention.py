@@ -13,7 +13,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.attention_f32 import FloatProducts
-from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, Layout, RowTile
+from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, Layout, Places, RowTile
 from t3c_compile.backends.tvm.kernels.attention_int8 import IntegerProducts
 from t3c_compile.backends.tvm.kernels.emit import (
     CHUNK_ROWS,
@@ -31,6 +31,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     store,
     when,
 )
+from t3c_compile.backends.tvm.kernels.finish import Writer
 from t3c_compile.backends.tvm.kernels.isa import Isa
 from t3c_compile.backends.tvm.kernels.rows import LEAST, join_lanes
 from t3c_compile.passes.ops.float_math import PARTIAL_SUMS
@@ -45,27 +46,28 @@ _INTEGER_ROWS = 256
 
 @cache
 def attention(isa: Isa, s: AttentionSpec) -> tvm.tirx.PrimFunc:
-    """(float32 query, key, value, mask where there is one, float32 y): ``t3c::attention_f32``, with ``integers``
+    """(float32 query, key, value, mask where there is one, ``finish``): ``t3c::attention_f32``, with ``integers``
     ``t3c::attention_int8``."""
     with prim_func("attention") as function:
-        q, k, v, mask, y = function.args(
+        q, k, v, mask, *ends = function.args(
             query=(s.layouts[0].shape, "float32"),
             key=(s.layouts[1].shape, "float32"),
             value=(s.layouts[2].shape, "float32"),
             mask=None if s.mask is None else (s.mask_shape, s.mask),
-            y=(s.layouts[3].shape, "float32"),
+            **s.finish.arguments(s.layouts[3].shape),
         )
         batch, rows, keys = (function.size((d,)) for d in (s.batch, s.rows, s.keys))
 
-        def heads(buffer: Buffer, tokens: Index, layout: Layout) -> Heads:
-            steps = (function.size(layout.batch), function.size(layout.head), function.size(layout.token))
-            return Heads(buffer, tokens, layout.start, steps)
+        def steps(layout: Layout) -> tuple[Index, Index, Index]:
+            return function.size(layout.batch), function.size(layout.head), function.size(layout.token)
 
-        tensors = zip((q, k, v, y), (rows, keys, keys, rows), s.layouts, strict=True)
+        tensors = zip((q, k, v), (rows, keys, keys), s.layouts, strict=False)
         kernel = _Attention(
             isa,
             s,
-            tuple(heads(*tensor) for tensor in tensors),  # type: ignore[arg-type]
+            tuple(Heads(tokens, layout.start, steps(layout), buffer) for buffer, tokens, layout in tensors),
+            Places(rows, s.layouts[3].start, steps(s.layouts[3])),
+            Writer(s.finish, ends),
             mask,
             function.dims(s.mask_shape),
         )
@@ -99,7 +101,9 @@ def _even(rows: Index, most: int) -> tuple[Index, int]:
 class _Attention:
     isa: Isa
     spec: AttentionSpec
-    heads: tuple[Heads, Heads, Heads, Heads]
+    heads: tuple[Heads, ...]
+    output: Places
+    writer: Writer
     mask: Buffer | None
     mask_dims: Sequence[Index]
 
@@ -109,12 +113,12 @@ class _Attention:
 
     def emit(self, batch: Index, group: Index, first: Index, chunk: int) -> None:
         """The rows from ``first`` on, at most ``chunk``, of one key head."""
-        s, (query, _, _, output) = self.spec, self.heads
+        s, query, output = self.spec, self.heads[0], self.output
         total = query.tokens * s.share
         last = total if static(total) is not None and static(total) <= chunk else T.min(first + chunk, total)  # type: ignore[operator]
         blocks = ceil_div(self.key_count, _WIDE)
         kind = IntegerProducts if s.integers else FloatProducts
-        products = kind(self.isa, s, self.heads, batch, group, blocks)
+        products = kind(self.isa, s, self.heads, self.writer, batch, group, blocks)
 
         def sweep(height: int) -> None:
             scores = T.alloc_buffer((height * blocks * _WIDE,), "float32")

@@ -11,6 +11,7 @@ from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.kernels.attention_heads import AttentionSpec, Heads, RowTile
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index, ceil_div, fill, float32, load, static, store, when
+from t3c_compile.backends.tvm.kernels.finish import Writer
 from t3c_compile.backends.tvm.kernels.floats import lanes_for, multiply_tile, tile_shape
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, Isa
 from t3c_compile.backends.tvm.kernels.rows import exponentials
@@ -20,10 +21,18 @@ class FloatProducts:
     """Those of one key head, ``blocks`` of 16 keys; making one emits what is done once a task."""
 
     def __init__(
-        self, isa: Isa, spec: AttentionSpec, heads: tuple[Heads, ...], batch: Index, group: Index, blocks: Index
+        self,
+        isa: Isa,
+        spec: AttentionSpec,
+        heads: tuple[Heads, ...],
+        writer: Writer,
+        batch: Index,
+        group: Index,
+        blocks: Index,
     ) -> None:
         self.isa, self.spec, self.blocks = isa, spec, blocks
-        self.query, self.key, self.value, self.output = heads
+        self.query, self.key, self.value = heads
+        self.writer = writer
         self.values_start = T.bind(self.value.row(batch, group, 0))
         self.keys = T.alloc_buffer((blocks * BLOCK * spec.width,), "float32")
         self._transpose(batch, group)
@@ -89,7 +98,7 @@ class FloatProducts:
                 def finish(r: int = r, line: list[Buffer] = line) -> None:
                     for column, cell in zip(columns, line, strict=True):
                         value = load(cell, 0, lanes) * fill(inverse[r], lanes)
-                        store(self.output.buffer, tile.targets[r] + column, value, lanes)
+                        self.writer.put(tile.targets[r] + column, value, lanes)
 
                 when(tile.row + r < tile.last, finish)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from t3c_compile.backends.tvm.kernels.emit import Buffer, Index
+from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish
 
 Size = tuple[int | str, ...]
 """A product of numbers and sizes that are known at run time alone."""
@@ -32,7 +33,8 @@ class AttentionSpec:
     """Sizes of ``query`` [batch, groups * share, rows, width], ``key`` and ``value`` [batch, groups, keys, ...].
 
     ``layouts``: of query, key, value and output. ``mask``: its dtype, or none; ``mask_shape``: its four dimensions, 1
-    where it broadcasts. ``integers``: both products are of int8, with widths that are multiples of 16.
+    where it broadcasts. ``integers``: both products are of int8, with widths that are multiples of 16. ``finish``: of
+    the output, rounding alone.
     """
 
     batch: int | str
@@ -48,13 +50,13 @@ class AttentionSpec:
     mask: str | None = None
     mask_shape: Size = ()
     integers: bool = False
+    finish: Finish = PLAIN
 
 
 @dataclass(frozen=True)
-class Heads:
-    """A tensor of heads, ``tokens`` rows each; ``layout`` with its steps as indices: sample, head, token."""
+class Places:
+    """Where the rows of heads lie, ``tokens`` each; ``layout`` with its steps as indices: sample, head, token."""
 
-    buffer: Buffer
     tokens: Index
     start: int
     steps: tuple[Index, Index, Index]
@@ -67,6 +69,13 @@ class Heads:
     def step(self) -> Index:
         """From a row to the next."""
         return self.steps[2]
+
+
+@dataclass(frozen=True)
+class Heads(Places):
+    """A tensor of heads."""
+
+    buffer: Buffer
 
 
 @dataclass(frozen=True)

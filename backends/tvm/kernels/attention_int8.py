@@ -23,6 +23,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     vec,
     when,
 )
+from t3c_compile.backends.tvm.kernels.finish import Writer
 from t3c_compile.backends.tvm.kernels.floats import tile_shape
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa, by_lane
 from t3c_compile.backends.tvm.kernels.product import spread_word
@@ -37,11 +38,19 @@ class IntegerProducts:
     """Those of one key head, ``blocks`` of 16 keys; making one emits what is done once a task."""
 
     def __init__(
-        self, isa: Isa, spec: AttentionSpec, heads: tuple[Heads, ...], batch: Index, group: Index, blocks: Index
+        self,
+        isa: Isa,
+        spec: AttentionSpec,
+        heads: tuple[Heads, ...],
+        writer: Writer,
+        batch: Index,
+        group: Index,
+        blocks: Index,
     ) -> None:
         isa = by_lane(isa)
         self.isa, self.spec, self.blocks = isa, spec, blocks
-        self.query, self.key, self.value, self.output = heads
+        self.query, self.key, self.value = heads
+        self.writer = writer
         self.words = spec.width // QUAD
         count = blocks * BLOCK
         self.keys = T.alloc_buffer((count * spec.width,), "int8")
@@ -209,7 +218,7 @@ class IntegerProducts:
                 def finish(r: int = r, line: list[Buffer] = line) -> None:
                     for column, cell in zip(columns, line, strict=True):
                         value = T.cast(load(cell, 0, lanes), vec("float32", lanes)) * fill(factors[r], lanes)
-                        store(self.output.buffer, tile.targets[r] + column, value, lanes)
+                        self.writer.put(tile.targets[r] + column, value, lanes)
 
                 when(tile.row + r < tile.last, finish)
 
