@@ -37,6 +37,7 @@ class Certified:
         profiles: what the artifact was lowered from.
         calibration: the batches that snap had.
         samples: test inputs; nothing was fitted to them.
+        labels: their classes, or the next bytes.
         draw: a number of inputs drawn from what the test inputs come from, by a seed.
         fresh: how many make a pool.
     """
@@ -46,6 +47,7 @@ class Certified:
     profiles: ProfileSet
     calibration: list[tuple[Tensor]]
     samples: Array
+    labels: Array
     draw: Callable[[int, int], Array]
     fresh: int
 
@@ -104,7 +106,7 @@ def digits(name: str, folder: Path) -> Certified:
         profiles = snap(done.elastic, done.calibration, [get_target("x86_64")], labels, done.controller)
         return done.elastic, done.calibration, profiles
 
-    images = data.load().test[0].numpy()
+    images, labels = (part.numpy() for part in data.load().test)
 
     def draw(count: int, seed: int) -> Array:
         chosen = np.random.default_rng(seed).integers(len(images), size=count)
@@ -113,7 +115,7 @@ def digits(name: str, folder: Path) -> Certified:
             drawn: Array = data.augment(torch.from_numpy(images[chosen])).numpy()
         return drawn
 
-    return Certified(*_kept(folder, make), images, draw, 20_000)
+    return Certified(*_kept(folder, make), images, labels, draw, 20_000)
 
 
 def llama(folder: Path) -> Certified:
@@ -131,7 +133,7 @@ def llama(folder: Path) -> Certified:
     parts = {name: cut(getattr(whole, name)) for name in ("train", "calibration", "test")}
     task = replace(whole, **parts, batch=64)
     # Every other one: their logits take long.
-    samples = task.test.tensors[0].numpy()[::2]
+    samples, labels = (part.numpy()[::2] for part in task.test.tensors)
 
     def make() -> Any:
         start = trained_float(task, 0, folder / "float.safetensors")
@@ -147,7 +149,7 @@ def llama(folder: Path) -> Certified:
         starts = np.random.default_rng(seed).integers(len(text) - TOKENS, size=count)
         return text[starts[:, None] + np.arange(TOKENS)].astype(samples.dtype)
 
-    return Certified(*_kept(folder, make), samples, draw, 16_000)
+    return Certified(*_kept(folder, make), samples, labels, draw, 16_000)
 
 
 BUILDERS: dict[str, Callable[[Path], Certified]] = {

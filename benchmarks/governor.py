@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 os.environ["TVM_NUM_THREADS"] = "1"
 
@@ -32,17 +31,22 @@ from t3c_compile.runtime import LATENCY_MARGIN, Session
 from t3c_compile.show import show
 
 BUSY = "import numpy as np\na, b = np.ones(1 << 25), np.ones(1 << 25)\nwhile True: a[:] = b; b += a * 0.5"
+RANKS = (16, 64, 128, 208, 256, 320, 384, 448)
+"""Of the profiles, such that each takes longer than the one before: at 192 a call took longer than at 256."""
 
 
 def build(folder: Path) -> Path:
-    """Eight linear layers of 1024 x 1024 over 256 rows, in eight profiles."""
+    """Eight linear layers of 1024 x 1024 over 256 rows, in eight profiles: one rank of :data:`RANKS` in all layers."""
     import torch
     from torch import nn
 
-    from t3c_compile import snapping
     from t3c_compile.artifact import lower
     from t3c_compile.backends.targets import get_target
-    from t3c_compile.transforming import transform
+    from t3c_compile.cost import profile_cost
+    from t3c_compile.passes.elastic import elastic_layers
+    from t3c_compile.passes.option import Option
+    from t3c_compile.profile import Profile, ProfileSet
+    from t3c_compile.transforming import observe, transform
 
     torch.manual_seed(0)
     layers = [part for _ in range(8) for part in (nn.Linear(1024, 1024), nn.GELU())]
@@ -52,11 +56,22 @@ def build(folder: Path) -> Path:
             layer.weight.copy_(u * (4 * s.mean() / (1 + torch.arange(1024) / 16)) @ v)
     model = nn.Sequential(*layers, nn.Linear(1024, 10)).eval()
     inputs = (torch.randn(2, 256, 1024),)
-    elastic = transform(model, inputs)
-    # Of an untrained network hardly a profile is better than another: keep them all.
-    with patch.object(snapping, "drop_dominated", lambda profiles: (profiles, [])):
-        profiles = snapping.snap(elastic, [inputs], [get_target("x86_64")])
-    return lower(elastic, profiles, ["x86_64"], folder / "net.t3c", inputs)
+    elastic, target, profiles = transform(model, inputs).eval(), get_target("x86_64"), []
+    for index, rank in enumerate(RANKS):
+        options = {
+            name: Option("svd", rank, 8) if layer.max_rank >= RANKS[-1] else Option("dense", 0, 8)
+            for name, layer in elastic_layers(elastic)
+        }
+        elastic.set_options(options)
+        observe(elastic, [inputs])
+        activations = {name: layer.activations() for name, layer in elastic_layers(elastic)}
+        size = round(profile_cost(elastic, options, target).size_bytes)
+        cost = {"latency_ms": 0.0, "energy_mj": 0.0, "source": "none"}
+        # Lowering measures them. Nothing is said of quality: only the time counts here.
+        profiles.append(
+            Profile(f"p{index}", options, activations, size, {"kl": 0.0}, {"bound": 0.0}, {target.name: cost})
+        )
+    return lower(elastic, ProfileSet(profiles, "by hand"), [target], folder / "net.t3c", inputs)
 
 
 def measure(call: Callable[[], object], calls: int) -> list[float]:
