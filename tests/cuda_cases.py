@@ -83,6 +83,8 @@ class CudaCases(nn.Module):
         )
         y["svd_conv"] = ops.svd_conv2d(p, self.cv, self.square, s, self.gain[:18], None, 0.02, 5, 0.03, [2, 2], 16, 8)
         y["pooled"] = F.max_pool2d(images.relu(), 3, 2, 1)
+        pooled = ops.quantize_int8(F.max_pool2d(images.tanh(), 3, 2, 1), 0.01, 3)
+        y["pooled_rounded"] = ops.dequantize_int8(pooled, 0.01, 3)
         y["mean_images"] = t3c.mean_f32(images, [2, 3], False)
         y["mean_rows"] = t3c.mean_f32(x, [1], True)
         y["layer_norm"] = t3c.layer_norm_f32(x, self.ln.weight, self.ln.bias, 1e-5)

@@ -87,8 +87,9 @@ class _Maker:
 
     def add(self, name: str, kernel: Callable[..., object], args: Sequence[Tensor | None], expected: Tensor) -> None:
         arrays: tuple[Array, ...] = tuple(a.contiguous().numpy() for a in args if a is not None)
-        call = Call(f"{name}_{len(self.cases)}", arrays, tuple(expected.shape), "float32")
-        self.cases.append(Case(call, expected.contiguous().numpy(), kernel))
+        result = expected.contiguous().numpy()
+        call = Call(f"{name}_{len(self.cases)}", arrays, tuple(expected.shape), str(result.dtype))
+        self.cases.append(Case(call, result, kernel))
 
     def elementwise(self, name: str) -> None:
         x = hard_values()
@@ -132,6 +133,9 @@ class _Maker:
         for batch in (2, "n"):
             kernel = partial(pool.max_pool2d, batch=batch, channels=x.shape[1], window=window, out=out)
             self.add("max_pool2d", kernel, [x.permute(0, 2, 3, 1).contiguous()], expected.permute(0, 2, 3, 1))
+            whole = x.clamp(-100, 100).to(torch.int8).permute(0, 2, 3, 1).contiguous()
+            greatest = expected.clamp(-100, 100).to(torch.int8).permute(0, 2, 3, 1)
+            self.add("max_pool2d", partial(kernel, dtype="int8"), [whole], greatest)
 
     def mean(self, outer: tuple[int, ...], reduced: tuple[int, ...], inner: tuple[int, ...], symbolic: bool) -> None:
         x = torch.randn(*outer, *reduced, *inner) * 100

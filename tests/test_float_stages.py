@@ -28,8 +28,9 @@ t3c = torch.ops.t3c
 
 
 def assert_same_bits(found: Array, expected: Array, what: str) -> None:
-    assert found.dtype == expected.dtype == np.float32
-    same = (found.view(np.int32) == expected.view(np.int32)) | (np.isnan(found) & np.isnan(expected))
+    assert found.dtype == expected.dtype
+    whole = f"int{8 * expected.itemsize}"
+    same = (found.view(whole) == expected.view(whole)) | (np.isnan(found) & np.isnan(expected))
     assert same.all(), (what, found[~same][:5], expected[~same][:5])
 
 

@@ -95,13 +95,19 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
 def _max_pool2d(lower: Lowering, a: Arguments) -> relax.Var | None:
     if not lower.is_fused:
         return lower.default()
-    x = lower.channels_last(a["self"])
+    rounded = a["self"].meta["val"].dtype == torch.int8
+    x = lower.activations(a["self"]) if rounded else lower.channels_last(a["self"])
     batch, *size, channels = shape_of(x)
     kernel, stride, padding = ([v[0], v[-1]] for v in (a["kernel_size"], a["stride"] or a["kernel_size"], a["padding"]))
     window = window_of({"stride": stride, "padding": padding, "dilation": (1, 1)}, size, kernel)
     rows, columns = lower.node.meta["val"].shape[2:]
-    pooled = lower.kernels.max_pool2d(dims([batch])[0], channels, window, (rows, columns), lower.image_finish)
-    return lower.call_fused(pooled, [x], [batch, rows, columns, channels], channels_last=True)
+    known, shape = (dims([batch])[0], channels, window, (rows, columns)), [batch, rows, columns, channels]
+    if rounded:
+        dtype = lower.isa.activation_dtype
+        pooled = lower.call(lower.kernels.max_pool2d(*known, dtype=dtype), [x], shape, dtype)
+        return lower.int8_images(lower.node, pooled)
+    pooled = lower.kernels.max_pool2d(*known, lower.image_finish)
+    return lower.call_fused(pooled, [x], shape, channels_last=True)
 
 
 CONV_CONVERTERS: dict[str, Converter] = {

@@ -91,12 +91,12 @@ def fuse(graph: fx.Graph, take_over: bool = True) -> list[Fused]:
 
 
 def _is_pooled_here(node: fx.Node) -> bool:
-    """Whether max pooling is of float32 images whose size is known, and not dilated."""
+    """Whether max pooling is of float32 or int8 images whose size is known, and not dilated."""
     x, *options = node.args
     images: torch.Tensor = x.meta["val"]  # type: ignore[union-attr]
     dilated = len(options) > 3 and set(options[3]) != {1}  # type: ignore[arg-type]
     known = images.dim() == 4 and all(isinstance(size, int) for size in images.shape[1:])
-    return known and images.dtype == torch.float32 and not dilated
+    return known and images.dtype in (torch.float32, torch.int8) and not dilated
 
 
 def _take(fused: Fused, user: fx.Node) -> bool:

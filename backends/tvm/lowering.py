@@ -145,7 +145,7 @@ class Lowering:
         """Whether a kernel has made the images of ``node`` in that form."""
         return node in self._activations
 
-    def _int8_images(self, node: fx.Node, activations: relax.Var) -> relax.Var:
+    def int8_images(self, node: fx.Node, activations: relax.Var) -> relax.Var:
         """Keep ``activations`` as ``node``'s; what reads them otherwise has them moved and in int8."""
         self._activations[node] = activations
         images = self.expression(flip, activations, "int8") if self.isa.unsigned else activations
@@ -262,7 +262,7 @@ class Lowering:
         for nodes, result in zip(fused.forms.values(), results[fused.floats :], strict=True):
             for node in nodes:
                 if channels_last:
-                    self._forms[node] = self._int8_images(node, result)
+                    self._forms[node] = self.int8_images(node, result)
                 else:
                     self._forms[node] = self.heads_first(node, result) if tokens_first else result
         if not fused.floats:

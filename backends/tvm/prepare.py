@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from t3c_compile.backends.tvm.order_rows import order_rows
-from t3c_compile.backends.tvm.round_before_moves import round_before_moves
+from t3c_compile.backends.tvm.round_early import round_early
 from t3c_compile.passes.renumber import differ_in_numbers_alone, renumbered
 
 # ATen ops with a converter here, or with a better Relax form than their decomposition.
@@ -35,7 +35,7 @@ def prepare(programs: Mapping[str, ExportedProgram]) -> dict[str, ExportedProgra
         like = renumbered(prepared[twin], program.graph) if twin else None
         prepared[name] = like or _decomposed(program)
     for program in prepared.values():
-        round_before_moves(program.graph)
+        round_early(program.graph)
         order_rows(program.graph)
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.BUFFER and spec.target in program.state_dict:

@@ -1,30 +1,37 @@
 """Max pooling of channels-last images: the greatest of a window's pixels, lanes along the channels."""
 
-from functools import cache
+from functools import cache, partial
 
 import tvm
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Index, chunks, for_each, load, prim_func, product
+from t3c_compile.backends.tvm.kernels.emit import Index, chunks, for_each, load, prim_func, product, store
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
-from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.window import Window
 
 
 @cache
 def max_pool2d(
-    isa: Isa, batch: int | str, channels: int, window: Window, out: tuple[int, int], finish: Finish = PLAIN
+    isa: Isa,
+    batch: int | str,
+    channels: int,
+    window: Window,
+    out: tuple[int, int],
+    finish: Finish = PLAIN,
+    dtype: str = "float32",
 ) -> tvm.tirx.PrimFunc:
-    """(float32 x [N, H, W, C], ``finish`` of [N, *out, C]); no dilation, so that every window holds a pixel.
+    """(x [N, H, W, C], ``finish`` of [N, *out, C]); no dilation, so that every window holds a pixel.
 
-    ``out`` may be greater than ``window.out`` by one (``ceil_mode``).
+    ``out`` may be greater than ``window.out`` by one (``ceil_mode``). Images of another ``dtype`` than float32 end as y
+    of that dtype.
     """
+    floats, shape = dtype == "float32", (batch, *out, channels)
     (height, width), (kh, kw), (sy, sx) = window.size, window.kernel, window.stride
     with prim_func("max_pool2d") as function:
-        x, *ends = function.args(
-            x=((batch, height, width, channels), "float32"), **finish.arguments((batch, *out, channels))
-        )
-        writer = Writer(finish, ends)
+        results = finish.arguments(shape) if floats else {"y": (shape, dtype)}
+        x, *ends = function.args(x=((batch, height, width, channels), dtype), **results)
+        put = Writer(finish, ends).put if floats else partial(store, ends[0])
         images = function.size((batch,))
 
         @for_each(images * out[0], product((images, *out, channels, kh, kw)))
@@ -48,8 +55,8 @@ def max_pool2d(
                     best = load(x, first + i, n)
                     for other in others:
                         best = T.max(best, load(x, other + i, n))
-                    writer.put((line * out[1] + column) * channels + i, best, n)
+                    put((line * out[1] + column) * channels + i, best, n)
 
-                chunks(channels, isa.lanes, greatest)
+                chunks(channels, isa.lanes * (1 if floats else QUAD), greatest)
 
     return function.func
