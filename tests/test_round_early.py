@@ -17,9 +17,9 @@ INT8, FLOAT32 = torch.int8, torch.float32
 class Stem(nn.Module):
     """Two layers read what is pooled, rounded by each; the first of them may have a scale of its own."""
 
-    def __init__(self, scale: float, ceil: bool = False) -> None:
+    def __init__(self, scale: float, ceil: bool = False, dilation: int = 1) -> None:
         super().__init__()
-        self.scale, self.pool = scale, nn.MaxPool2d(3, 2, 1, ceil_mode=ceil)
+        self.scale, self.pool = scale, nn.MaxPool2d(3, 2, 1, dilation, ceil_mode=ceil)
         self.stem, self.one, self.other = Layer(5, 70, 3), Layer(70, 8, 1), Layer(70, 8, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def test_pooled_as_int8_where_nothing_else_reads(model: nn.Module, dtype: torch.
 
 
 @pytest.mark.parametrize("target", ["x86_64", "x86_64-v3", pytest.param("x86_64-amx", marks=NO_AMX)])
-@pytest.mark.parametrize("case", [(Stem, 0.03), (Stem, 0.05), (Stem, 0.03, True), (Read, 0.03)])
+@pytest.mark.parametrize("case", [(Stem, 0.03), (Stem, 0.05), (Stem, 0.03, True), (Stem, 0.03, False, 2), (Read, 0.03)])
 def test_results_are_torchs(case: tuple[Any, ...], target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, *options = case
