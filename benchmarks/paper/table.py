@@ -48,8 +48,8 @@ How each was deployed, and what the columns are:
 
 All of it was run on one core of a server processor with AVX512 and AMX, virtual and kept free for what is timed. Ranks
 are multiples of 16 there. The artifacts of all methods were compiled before GELU lost its division and rounding moved
-before heads are joined and images pooled (see CHANGELOG); drifts differ from today's in the last digits, times a little.
-The text task's learning rates were chosen on its calibration split
+before heads are joined and images pooled (see CHANGELOG): drifts differ from today's in the last digits, times a
+little. The text task's learning rates were chosen on its calibration split
 (`python -m benchmarks.paper.learning_rate text`). Its test split has 313 texts, so that one is 0.32 points.
 """
 
