@@ -44,12 +44,12 @@ def _int8_conv2d(lower: Lowering, a: Arguments) -> relax.Var | None:
         raw[0],
         window,
         a["groups"],
-        a["bits"],
+        lower.kernel_bits(a["bits"]),
         bias=a["bias"] is not None,
         finish=lower.image_finish,
         planes=bool(planes),
     )
-    weight = lower.packed(a["weight"], spec.packing(lower.isa))
+    weight = lower.weights(a["weight"], spec.packing(lower.isa), a["bits"])
     numbers = scalars(a["x_scale"], a["x_zero_point"], *planes)
     args = [x, numbers, weight, lower.value(a["scale"]), lower.optional(a["bias"])]
     return lower.call_fused(lower.kernel(spec), args, [batch, *window.out, raw[0]], channels_last=True)
@@ -70,7 +70,7 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
         window,
         (r_in, r_out),
         a["rank"],
-        a["bits"],
+        lower.kernel_bits(a["bits"]),
         gain=a["out_gain"] is not None,
         bias=a["bias"] is not None,
         finish=lower.image_finish,
@@ -81,9 +81,9 @@ def _conv_chain(form: str, lower: Lowering, a: Arguments) -> relax.Var | None:
     args = [
         x,
         scalars(a["x_scale"] / h_scale, a["x_zero_point"], h_scale / last, last, *planes),
-        lower.packed(a["v"], pack.words_of_matrix(lower.isa, (r_in, channels))),
-        None if core is None else lower.packed(a["core"], core),
-        lower.packed(a["u"], pack.words_of_matrix(lower.isa, (r_out, outputs), transposed=True)),
+        lower.weights(a["v"], pack.words_of_matrix(lower.isa, (r_in, channels)), a["bits"]),
+        None if core is None else lower.weights(a["core"], core, a["bits"]),
+        lower.weights(a["u"], pack.words_of_matrix(lower.isa, (r_out, outputs), transposed=True), a["bits"]),
         lower.value(a["mid_scale"]),
         lower.optional(a.get("core_scale")),
         lower.optional(a["out_gain"]),

@@ -20,6 +20,7 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from t3c_compile.backends.tvm.fuse import Fused, fuse
 from t3c_compile.backends.tvm.kernels.finish import ADD_INT8, Finish
 from t3c_compile.backends.tvm.kernels.isa import Isa
+from t3c_compile.backends.tvm.kernels.pack import Packing
 from t3c_compile.backends.tvm.kernels.quantize import flip
 from t3c_compile.backends.tvm.kernels.table import Kernels, cpu_kernels
 from t3c_compile.backends.tvm.kernels.tile import Tiles
@@ -188,6 +189,14 @@ class Lowering:
                 f"{node.name}_{packing.layout}", relax.TensorType(packing.shape, packing.dtype)
             )
         return self.tensors[key]
+
+    def weights(self, node: fx.Node, packing: Packing, bits: int) -> relax.Var:
+        """The same of int8 weights, rounded to ``bits`` where the instruction set has that done at load."""
+        return self.packed(node, replace(packing, bits=bits) if self.isa.rounds_at_load else packing)
+
+    def kernel_bits(self, bits: int) -> int:
+        """What a kernel has to round weights of ``bits`` to: 8, which is nothing, where that was done at load."""
+        return 8 if self.isa.rounds_at_load else bits
 
     def kernel(self, spec: Spec) -> tvm.tirx.PrimFunc:
         """The kernel of ``spec``, with the tiles that are best by what is known."""

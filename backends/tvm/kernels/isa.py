@@ -30,6 +30,8 @@ class Isa:
     ``turn``: words that are loaded at once of each row.
     ``narrows_panels``: weights of fewer bits are rounded once for a task's rows, not for each tile, because rounding
     takes the units that ``dot`` does.
+    ``rounds_at_load``: weights of fewer bits are rounded when they are packed, a copy for each width in use: such
+    processors have the memory.
     ``panel``: vectors side by side in a tile that is not tuned.
     ``side_by_side``: vectors of results that go through a function side by side, see ``side_by_side.py``.
     ``narrow``: weights of fewer bits are multiplied as whole numbers of their own width, see ``gemm_pairs.py``.
@@ -44,6 +46,7 @@ class Isa:
     height: int = 1
     turn: int = 1
     narrows_panels: bool = False
+    rounds_at_load: bool = False
     panel: int = 4
     side_by_side: int = 1
     narrow: bool = False
@@ -137,7 +140,7 @@ def _isa(
     return Isa(name, lanes, registers, False, dot, height, turn, narrows_panels)
 
 
-_AVX512VNNI = Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), narrows_panels=True, side_by_side=8)
+_AVX512VNNI = Isa("avx512vnni", 16, 24, True, partial(_vnni_dot, 16), rounds_at_load=True, side_by_side=8)
 _ISAS = {
     "amx": replace(_AVX512VNNI, name="amx", matrices=True),
     "avx512vnni": _AVX512VNNI,

@@ -21,7 +21,7 @@ from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
 class Packing:
     """How one raw tensor is packed. ``strides`` are the raw strides of (output, input, tap), in elements.
 
-    ``word``: inputs of one output that lie together.
+    ``word``: inputs of one output that lie together. ``bits``: what words and int8 lanes are rounded to.
     """
 
     layout: str
@@ -33,6 +33,7 @@ class Packing:
     taps: int
     strides: tuple[int, int, int]
     word: int = 1
+    bits: int = 8
 
     @property
     def block(self) -> int:
@@ -104,7 +105,7 @@ def pack(packing: Packing) -> tvm.tirx.PrimFunc:
                     found = value(output, k * p.word + i, tap)
                     if p.layout == "nibbles":
                         found = _pair(found, value(output + BLOCK, k * p.word + i, tap))
-                    T.buffer_store(packed, found, [at * p.word + i])
+                    T.buffer_store(packed, top_bits(found, p.bits, 1), [at * p.word + i])
 
     return function.func
 
