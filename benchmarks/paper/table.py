@@ -47,10 +47,11 @@ How each was deployed, and what the columns are:
   row: the share of calls above its own; of a baseline, which cannot move: above each, in the mean.
 
 All of it was run on one core of a server processor with AVX512 and AMX, virtual and kept free for what is timed. Ranks
-are multiples of 16 there. The artifacts of all methods were compiled before GELU lost its division and rounding moved
-before heads are joined and images pooled (see CHANGELOG): drifts differ from today's in the last digits, times a
-little. The text task's learning rates were chosen on its calibration split
-(`python -m benchmarks.paper.learning_rate text`). Its test split has 313 texts, so that one is 0.32 points.
+are multiples of 16 there. The artifacts of all methods were compiled before weights of fewer bits were rounded at load
+and GELU lost its division (see CHANGELOG): today's are faster where weights have fewer than 8 bits, PTQ-4b, KD-PTQ,
+MP-QAT, LoRA-Comp and T3C but its greatest profile, and drifts differ in the last digits. The text task's learning rates
+were chosen on its calibration split (`python -m benchmarks.paper.learning_rate text`); its test split has 313 texts, so
+that one is 0.32 points.
 """
 
 _COMMAND = "python -m benchmarks.paper"
