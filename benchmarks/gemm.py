@@ -31,9 +31,10 @@ from t3c_compile.backends.tvm.kernels.emit import accumulators, fill, load, prim
 from t3c_compile.backends.tvm.kernels.finish import Finish
 from t3c_compile.backends.tvm.kernels.floats import float_linear
 from t3c_compile.backends.tvm.kernels.isa import isa_for
-from t3c_compile.backends.tvm.kernels.linear import LinearSpec, int8_linear
+from t3c_compile.backends.tvm.kernels.linear import LinearSpec
 from t3c_compile.backends.tvm.kernels.pack import lanes_of_matrix, words_of_matrix
 from t3c_compile.backends.tvm.tuning.peak import peak, peak_arguments, peak_operations
+from t3c_compile.backends.tvm.tuning.workload import Workload
 
 RESULTS = Path(__file__).parent / "results/gemm.json"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 197, 256, 512)
@@ -86,7 +87,7 @@ def int8_product(bits: int, rows: int, inputs: int, outputs: int) -> Case:
         np.array([20, 0], np.float32),
         np.zeros((rows, outputs), np.int8),
     ]
-    return 2 * rows * inputs * outputs, _call(compiled(int8_linear(isa, spec)), arguments)
+    return 2 * rows * inputs * outputs, _call(compiled(Workload(isa, spec).kernel()), arguments)
 
 
 def float_product(rows: int, inputs: int, outputs: int) -> Case:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from t3c_compile.backends.ethosu import reference
-from t3c_compile.backends.ethosu.convert import Conversion, op_name
+from t3c_compile.backends.ethosu.convert import Conversion
 from t3c_compile.backends.ethosu.partition import Choice
 from t3c_compile.backends.ethosu.program import Program
 from t3c_compile.backends.ethosu.program import Tensor as NpuTensor
+from t3c_compile.backends.op_name import op_name
 from t3c_compile.backends.targets import get_target
 from t3c_compile.passes.infer_values import InputSpec, infer_values
 from t3c_compile.passes.ops import conv_chains

@@ -85,11 +85,17 @@ class _Maker:
     def __init__(self) -> None:
         self.cases: list[Case] = []
 
-    def add(self, name: str, kernel: Callable[..., object], args: Sequence[Tensor | None], expected: Tensor) -> None:
+    def add(
+        self,
+        name: str,
+        kernel: Callable[..., object],
+        args: Sequence[Tensor | None],
+        expected: Tensor,
+        dtype: str = "float32",
+    ) -> None:
         arrays: tuple[Array, ...] = tuple(a.contiguous().numpy() for a in args if a is not None)
-        result = expected.contiguous().numpy()
-        call = Call(f"{name}_{len(self.cases)}", arrays, tuple(expected.shape), str(result.dtype))
-        self.cases.append(Case(call, result, kernel))
+        call = Call(f"{name}_{len(self.cases)}", arrays, tuple(expected.shape), dtype)
+        self.cases.append(Case(call, expected.contiguous().numpy(), kernel))
 
     def elementwise(self, name: str) -> None:
         x = hard_values()
@@ -135,7 +141,7 @@ class _Maker:
             self.add("max_pool2d", kernel, [x.permute(0, 2, 3, 1).contiguous()], expected.permute(0, 2, 3, 1))
             whole = x.clamp(-100, 100).to(torch.int8).permute(0, 2, 3, 1).contiguous()
             greatest = expected.clamp(-100, 100).to(torch.int8).permute(0, 2, 3, 1)
-            self.add("max_pool2d", partial(kernel, dtype="int8"), [whole], greatest)
+            self.add("max_pool2d", partial(kernel, dtype="int8"), [whole], greatest, "int8")
 
     def mean(self, outer: tuple[int, ...], reduced: tuple[int, ...], inner: tuple[int, ...], symbolic: bool) -> None:
         x = torch.randn(*outer, *reduced, *inner) * 100

@@ -25,10 +25,16 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight that kernels take as their instruction set packs it."""
+    """A weight of ``bits`` that kernels take as their instruction set packs it."""
 
     raw: Array
     packing: Callable[[Any], Any]
+    bits: int = 8
+
+    def for_isa(self, isa: "Isa") -> Array:
+        """Packed, and rounded where kernels want it so."""
+        packing = self.packing(isa)
+        return pack_numpy(replace(packing, bits=self.bits) if isa.rounds_at_load else packing, self.raw)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def calls_for(cases: Sequence[Case], target_name: str, isa: "Isa | None" = None)
     isa = isa or isa_for(get_target(target_name))
 
     def call(c: Call) -> Call:
-        x, *others = (pack_numpy(a.packing(isa), a.raw) if isinstance(a, Packed) else a for a in c.args)
+        x, *others = (a.for_isa(isa) if isinstance(a, Packed) else a for a in c.args)
         return replace(c, args=(x.view("uint8") ^ 128 if c.activations and isa.unsigned else x, *others))
 
     return [call(case.call) for case in cases]
@@ -207,6 +213,8 @@ def pack_numpy(packing: object, raw: Array) -> Array:
     g, o, t, i = np.ix_(*(range(n) for n in (p.groups, p.outputs, p.taps, p.inputs)))  # type: ignore[attr-defined]
     so, si, st = p.strides  # type: ignore[attr-defined]
     packed[:, : p.outputs, :, : p.inputs] = raw.reshape(-1)[(g * p.outputs + o) * so + i * si + t * st]  # type: ignore[attr-defined]
+    step = 1 << (8 - p.bits)  # type: ignore[attr-defined]
+    packed = (np.rint(packed / step) * step).astype(raw.dtype) if step > 1 else packed
     packed = packed.reshape(p.groups * blocks, p.block, p.taps * words, p.word).transpose(0, 2, 1, 3)  # type: ignore[attr-defined]
     if p.layout == "nibbles":  # type: ignore[attr-defined]
         top = np.rint(packed / 16).astype(np.int32)
@@ -307,9 +315,9 @@ class _Maker:
         scale, bias = self.floats(outputs, low=0.01), self.floats(outputs) if bits != 6 else None
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, bias=bias is not None)
         tiles = () if tile is None else (Tile(*tile),)
-        args = [x, _numbers(0.02, zero_point), _matrix(w), scale, bias]
+        args = [x, _numbers(0.02, zero_point), _matrix(w, bits), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 0.02, zero_point, bits)
-        self.add(_present(args), expected, lambda isa: linear.int8_linear(isa, spec, tiles), "int8_linear", spec=spec)
+        self.add(_present(args), expected, _kernel(spec, tiles), "int8_linear", spec=spec)
 
     def int16_limit(self) -> None:
         """Weights of 7 bits by which int16 just holds the sums of two words, beside some by which it does not."""
@@ -320,9 +328,9 @@ class _Maker:
         w[3, 9] += 2 * np.sign(w[3, 9])
         w[36, 20] += 2
         spec = linear.LinearSpec((40,), 24, 64, 7)
-        args = [x, _numbers(1.0, -128), _matrix(w), np.ones(64, np.float32)]
+        args = [x, _numbers(1.0, -128), _matrix(w, 7), np.ones(64, np.float32)]
         expected = _op("int8_linear", x, w, np.ones(64, np.float32), None, 1.0, -128, 7)
-        self.add(args, expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
+        self.add(args, expected, _kernel(spec), "int8_linear")
 
     def tie(self) -> None:
         """A product midway between two float32, and a bias too small for float64 to see beside it, which decides."""
@@ -331,10 +339,10 @@ class _Maker:
         x, w = np.ones((1, 1), np.int8), np.full((2, 1), 3, np.int8)
         scale, bias = np.full(2, 1 + 2**-23, np.float32), np.array([-1e-30, 1e-30], np.float32)
         spec = linear.LinearSpec((1,), 1, 2, 8, bias=True)
-        args = [x, _numbers(1.0, 0), _matrix(w), scale, bias]
+        args = [x, _numbers(1.0, 0), _matrix(w, 8), scale, bias]
         expected = _op("int8_linear", x, w, scale, bias, 1.0, 0, 8)
         assert expected.tolist() == [[3 + 2**-22, 3 + 2**-21]]  # type: ignore[attr-defined]
-        self.add(args, expected, lambda isa: linear.int8_linear(isa, spec), "int8_linear")
+        self.add(args, expected, _kernel(spec), "int8_linear")
 
     def weight_only_linear(self, rows: int, inputs: int, outputs: int, bits: int, symbolic: bool) -> None:
         from t3c_compile.backends.tvm.kernels import weight_only
@@ -376,10 +384,10 @@ class _Maker:
         mid = self.floats(max_rank, low=1e-4, high=0.01)
         gain, bias = (self.floats(outputs), self.floats(outputs)) if bits != 6 else (None, None)
         spec = linear.LinearSpec((rows,), inputs, outputs, bits, gain is not None, bias is not None, max_rank, rank)
-        packed = [_matrix(v), _matrix(u, transposed=True)]
+        packed = [_matrix(v, bits), _matrix(u, bits, transposed=True)]
         expected = _op("svd_linear", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, rank, bits)
         args = _present([x, _numbers(0.02 / 0.3, zero_point, 0.3), *packed, mid, gain, bias])
-        self.add(args, expected, lambda isa: linear.svd_linear(isa, spec), "svd_linear", spec=spec)
+        self.add(args, expected, _kernel(spec), "svd_linear", spec=spec)
 
     def int8_conv2d(
         self, n: int, c: int, h: int, w: int, o: int, k: int, s: int, p: int, d: int, g: int, bits: int, zero_point: int
@@ -391,15 +399,15 @@ class _Maker:
         scale, bias = self.floats(o, low=0.01), self.floats(o) if bits != 6 else None
         window = Window((h, w), (k, k), (s, s), (p, p), (d, d))
         spec = conv.ConvSpec(n, c, o, window, g, bits, bias is not None)
-        packed = Packed(weight, spec.packing)
+        packed = Packed(weight, spec.packing, bits)
         expected = _op("int8_conv2d", x, weight, scale, bias, 0.02, zero_point, [s, s], [p, p], [d, d], g, bits)
         args = _present([_last(x), _numbers(0.02, zero_point), packed, scale, bias])
-        self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, spec), "int8_conv2d", True, spec)
+        self.add(args, expected.permute(0, 2, 3, 1), _kernel(spec), "int8_conv2d", True, spec)
         if c <= conv.MOST_PLANES:
             of_planes = replace(spec, planes=True)
             args = _present([*self.planes(x, zero_point), packed, scale, bias])
             args[1] = np.concatenate([_numbers(0.02, zero_point), args[1]])
-            self.add(args, expected.permute(0, 2, 3, 1), lambda isa: conv.int8_conv2d(isa, of_planes), "int8_conv2d")
+            self.add(args, expected.permute(0, 2, 3, 1), _kernel(of_planes), "int8_conv2d")
 
     def chain(
         self,
@@ -438,7 +446,7 @@ class _Maker:
             gain is not None,
             bias is not None,
         )
-        packed_v, packed_u = _matrix(v), _matrix(u, transposed=True)
+        packed_v, packed_u = _matrix(v, bits), _matrix(u, bits, transposed=True)
         if form == "svd":
             expected = _op("svd_conv2d", x, v, u, mid, gain, bias, 0.02, zero_point, 0.3, stride, rank, bits)
             args = [_last(x), _numbers(0.02 / 0.3, zero_point, 1.0, 0.3), packed_v, packed_u, mid, gain, bias]
@@ -446,16 +454,16 @@ class _Maker:
             core = self.weights(r_out, r_in, k, k) if form == "tucker2" else self.weights(r_in, k, k)
             numbers = (0.02, zero_point, 0.3, 0.7, stride, [p, p], [1, 1], rank, bits)
             expected = _op(f"{form}_conv2d", x, v, core, u, mid, out_scale, gain, bias, *numbers)
-            packed = Packed(core, spec.core_packing)
+            packed = Packed(core, spec.core_packing, bits)
             at = _numbers(0.02 / 0.3, zero_point, 0.3 / 0.7, 0.7)
             args = [_last(x), at, packed_v, packed, packed_u, mid, out_scale, gain, bias]
         expected = expected.permute(0, 2, 3, 1)  # type: ignore[attr-defined]
-        self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, spec), f"{form}_conv2d", True, spec)
+        self.add(_present(args), expected, _kernel(spec), f"{form}_conv2d", True, spec)
         if c <= conv.MOST_PLANES and (form != "svd" or s == 1):
             of_planes = replace(spec, planes=True)
             args[0], numbers = self.planes(x, zero_point)
             args[1] = np.concatenate([args[1], numbers])
-            self.add(_present(args), expected, lambda isa: conv.conv_chain(isa, of_planes), f"{form}_conv2d")
+            self.add(_present(args), expected, _kernel(of_planes), f"{form}_conv2d")
 
 
 def _last(x: Array) -> Array:
@@ -468,10 +476,17 @@ def _numbers(*values: float) -> Array:
     return np.array(values, np.float32)
 
 
-def _matrix(weight: Array, transposed: bool = False) -> Packed:
+def _matrix(weight: Array, bits: int, transposed: bool = False) -> Packed:
     from t3c_compile.backends.tvm.kernels import pack
 
-    return Packed(weight, lambda isa: pack.words_of_matrix(isa, weight.shape, transposed))
+    return Packed(weight, lambda isa: pack.words_of_matrix(isa, weight.shape, transposed), bits)
+
+
+def _kernel(spec: object, tiles: Any = ()) -> Callable[[Any], object]:
+    """The kernel of a spec, as a build calls for it."""
+    from t3c_compile.backends.tvm.tuning.workload import Workload
+
+    return lambda isa: Workload(isa, spec).kernel(tiles)
 
 
 def _present(args: Sequence[Any]) -> list[Any]:

@@ -27,8 +27,8 @@ CASES = build_float_cases()
 t3c = torch.ops.t3c
 
 
-def assert_same_bits(found: Array, expected: Array, what: str) -> None:
-    assert found.dtype == expected.dtype
+def assert_same_bits(found: Array, expected: Array, what: str, dtype: str = "float32") -> None:
+    assert found.dtype == expected.dtype == np.dtype(dtype)
     whole = f"int{8 * expected.itemsize}"
     same = (found.view(whole) == expected.view(whole)) | (np.isnan(found) & np.isnan(expected))
     assert same.all(), (what, found[~same][:5], expected[~same][:5])
@@ -38,7 +38,7 @@ def assert_same_bits(found: Array, expected: Array, what: str) -> None:
 def test_kernels_equal_the_reference_bit_for_bit(target: str, tmp_path: Path) -> None:
     compile_cases(CASES, target, tmp_path / "floats.so")
     for case, found in zip(CASES, run_calls(tmp_path / "floats.so", [c.call for c in CASES]), strict=True):
-        assert_same_bits(found, case.expected, case.call.name)
+        assert_same_bits(found, case.expected, case.call.name, case.call.dtype)
 
 
 # Of kernels on i8mm, those that have int8 products: all else is compiled as for any arm64.
@@ -58,7 +58,7 @@ def test_kernels_equal_the_reference_on_arm64(
     with np.load(files[2]) as computed:
         assert cases
         for i, case in enumerate(cases):
-            assert_same_bits(computed[f"arr_{i}"], case.expected, case.call.name)
+            assert_same_bits(computed[f"arr_{i}"], case.expected, case.call.name, case.call.dtype)
 
 
 def test_every_op_has_a_case() -> None:

@@ -1,6 +1,7 @@
 """Every kernel against the torch reference of its op, run from a compiled library; and the instructions it must use."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,8 @@ def test_a_wrong_step_in_the_middle_is_seen() -> None:
         pack.words_of_matrix(isa_for(get_target("arm64")), (33, 18)),
         pack.words_of_matrix(isa_for(get_target("neoverse-v2")), (9, 41), transposed=True),
         pack.words_of_conv(isa_for(get_target("arm64")), (12, 5, 3, 3), groups=2),
+        replace(pack.words_of_matrix(isa_for(get_target("x86_64-vnni")), (33, 18)), bits=6),
+        replace(pack.lanes_of_depthwise((33, 1, 3, 3)), bits=4),
         pack.words_of_conv(isa_for(get_target("neoverse-v2")), (12, 9, 3, 3), groups=2),
         pack.lanes_of_matrix((20, 7), "float32"),
         pack.lanes_of_matrix((9, 40), "int8", transposed=True),

@@ -12,6 +12,7 @@ from torch import fx
 from t3c_compile.backends.ethosu.program import Array, Pair, Program, Tensor
 from t3c_compile.backends.ethosu.stages import Stage
 from t3c_compile.backends.ethosu.values import Bounds, Clamped, Dequantized, Pooled, Sums, Value, interval
+from t3c_compile.backends.op_name import op_name
 from t3c_compile.passes.base import bound
 
 CHANNELS_FIRST, CHANNELS_LAST, MATRICES = "channels first", "channels last", "matrices"
@@ -42,11 +43,6 @@ CLAMPS: Mapping[str, Bounds | None] = {
 VIEWS = ("flatten", "view", "reshape", "squeeze")
 # Sums of up to this many 31-bit numbers fit 32 bits when each has so much less.
 _SUM_BITS = 30
-
-
-def op_name(node: fx.Node) -> str:
-    """The op's name without namespace and overload; "" of what is no ATen or ``t3c::`` op."""
-    return str(node.target._opname) if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -26,13 +26,13 @@ from t3c_compile.backends.ethosu.convert import (
     VIEWS,
     Conversion,
     npu_shape,
-    op_name,
     pool_window,
     shape_of,
 )
 from t3c_compile.backends.ethosu.program import Array, Program
 from t3c_compile.backends.ethosu.serialize import serialize
 from t3c_compile.backends.ethosu.stages import CannotRunError, Stage, stages_of
+from t3c_compile.backends.op_name import op_name
 from t3c_compile.passes.base import bound
 
 aten = torch.ops.aten

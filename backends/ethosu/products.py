@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from t3c_compile.backends.op_name import op_name
 from t3c_compile.passes.base import bound
 from t3c_compile.passes.ops.int8_conv import per_channel
 from t3c_compile.passes.ops.int8_linear import affine
@@ -48,7 +49,7 @@ class _Parts:
     def __init__(self, gm: GraphModule, node: Node) -> None:
         self.gm, self.a = gm, bound(node)
         self.meta = {name: node.meta[name] for name in ("t3c_layer",) if name in node.meta}
-        self.spatial = str(node.target._opname).endswith("conv2d")  # type: ignore[union-attr]
+        self.spatial = op_name(node).endswith("conv2d")
 
     def tensor(self, name: str) -> Tensor:
         """A stored argument."""

@@ -40,9 +40,8 @@ def _int8_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
     # Sizes of layers are those of their weights: where a graph is dynamic throughout, x's last one is a symbol.
     x, (outputs, inputs) = lower.value(a["x"]), shape_of(lower.value(a["weight"]))
     lead = shape_of(x)[:-1]
-    bits, weight = a["bits"], lower.weights(a["weight"], pack.words_of_matrix(lower.isa, (outputs, inputs)), a["bits"])
-    has_bias = a["bias"] is not None
-    spec = linear.LinearSpec(dims(lead), inputs, outputs, lower.kernel_bits(bits), bias=has_bias, finish=lower.finish)
+    weight = lower.weights(a["weight"], pack.words_of_matrix(lower.isa, (outputs, inputs)), a["bits"])
+    spec = linear.LinearSpec(dims(lead), inputs, outputs, a["bits"], bias=a["bias"] is not None, finish=lower.finish)
     args = [x, scalars(a["x_scale"], a["x_zero_point"]), weight, lower.value(a["scale"]), lower.optional(a["bias"])]
     return lower.call_fused(lower.kernel(spec), args, [*lead, outputs])
 
@@ -56,7 +55,7 @@ def _svd_linear(lower: Lowering, a: Arguments) -> relax.Var | None:
         dims(lead),
         inputs,
         outputs,
-        lower.kernel_bits(a["bits"]),
+        a["bits"],
         gain=a["out_gain"] is not None,
         bias=a["bias"] is not None,
         max_rank=max_rank,

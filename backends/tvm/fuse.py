@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from t3c_compile.backends.op_name import op_name
 from t3c_compile.backends.tvm.kernels.finish import ACTIVATIONS, ADD, ADD_INT8, Finish
 
 _HEADS = (
@@ -70,20 +71,20 @@ def fuse(graph: fx.Graph, take_over: bool = True) -> list[Fused]:
     taken: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
-        if _name(node) not in (*_HEADS, *_ATTENTION) or (_name(node) == "max_pool2d" and not _is_pooled_here(node)):
+        if op_name(node) not in (*_HEADS, *_ATTENTION) or (op_name(node) == "max_pool2d" and not _is_pooled_here(node)):
             continue
         fused = Fused(node, node)
         found.append(fused)
         if not take_over:
             continue
-        while len(fused.last.users) == 1 and _name(node) not in _ATTENTION:
+        while len(fused.last.users) == 1 and op_name(node) not in _ATTENTION:
             (user,) = fused.last.users
             if user in taken or not _take(fused, user):
                 break
             taken.add(user)
             fused.last = user
         for user in fused.last.users:
-            if _name(user) == "quantize_int8":
+            if op_name(user) == "quantize_int8":
                 scale, zero_point = user.args[1:]
                 fused.forms.setdefault((float(scale), int(zero_point)), []).append(user)  # type: ignore[arg-type]
         fused.floats = sum(map(len, fused.forms.values())) < max(1, len(fused.last.users))
@@ -101,8 +102,8 @@ def _is_pooled_here(node: fx.Node) -> bool:
 
 def _take(fused: Fused, user: fx.Node) -> bool:
     """Add ``user`` to the steps where it is one."""
-    if _name(user) in ACTIVATIONS:
-        fused.steps.append(_name(user))
+    if op_name(user) in ACTIVATIONS:
+        fused.steps.append(op_name(user))
         return True
     if user.target != torch.ops.aten.add.Tensor or user.kwargs or len(user.args) != 2:
         return False
@@ -115,7 +116,7 @@ def _take(fused: Fused, user: fx.Node) -> bool:
         return False
     if not all(statically_known_true(a == b) for a, b in zip(mine.shape, theirs.shape, strict=True)):
         return False
-    if _name(other) == "dequantize_int8":
+    if op_name(other) == "dequantize_int8":
         form, scale, zero_point = other.args
         fused.added_scales.append((float(scale), int(zero_point)))  # type: ignore[arg-type]
         fused.steps.append(ADD_INT8)
@@ -124,8 +125,3 @@ def _take(fused: Fused, user: fx.Node) -> bool:
         fused.steps.append(ADD)
         fused.added.append(other)
     return True
-
-
-def _name(node: fx.Node) -> str:
-    """The op's name without namespace and overload."""
-    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""

@@ -194,10 +194,6 @@ class Lowering:
         """The same of int8 weights, rounded to ``bits`` where the instruction set has that done at load."""
         return self.packed(node, replace(packing, bits=bits) if self.isa.rounds_at_load else packing)
 
-    def kernel_bits(self, bits: int) -> int:
-        """What a kernel has to round weights of ``bits`` to: 8, which is nothing, where that was done at load."""
-        return 8 if self.isa.rounds_at_load else bits
-
     def kernel(self, spec: Spec) -> tvm.tirx.PrimFunc:
         """The kernel of ``spec``, with the tiles that are best by what is known."""
         workload = Workload(self.isa, spec)

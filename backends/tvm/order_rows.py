@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 
+from t3c_compile.backends.op_name import op_name
 from t3c_compile.backends.tvm.kernels.finish import ACTIVATIONS
 from t3c_compile.backends.tvm.strides import Axis, Size, lying, shape_of, whole
 
@@ -33,7 +34,7 @@ def order_rows(graph: fx.Graph) -> None:
         if isinstance(value, torch.SymInt):
             sizes.setdefault(value.node.expr, node)
         elif isinstance(value, torch.Tensor) and not any(user.op == "output" for user in node.users):
-            if getattr(node.target, "_opname", "") in _ROW_WISE:
+            if op_name(node) in _ROW_WISE:
                 _order(node, _Before(node, sizes))
             else:
                 _undo(node)

@@ -7,6 +7,8 @@ After it kernels write int8 themselves, and float32 results four times as large 
 import torch
 from torch import fx
 
+from t3c_compile.backends.op_name import op_name
+
 aten = torch.ops.aten
 
 _ATTENTION = ("attention_f32", "attention_int8")
@@ -20,16 +22,16 @@ _MOVES = {
 def round_early(graph: fx.Graph) -> None:
     """Rewrite ``graph``, of a decomposed program, in place; the results are the same bits."""
     for node in list(graph.nodes):
-        if _name(node) != "quantize_int8" or not node.users:
+        if op_name(node) != "quantize_int8" or not node.users:
             continue
         moves, source = [], node.args[0]
-        alike = [user for user in source.users if _name(user) == _name(node) and user.args[1:] == node.args[1:]]
+        alike = [user for user in source.users if op_name(user) == op_name(node) and user.args[1:] == node.args[1:]]
         readers = alike
         while source.target in _MOVES and len(source.users) == len(readers):
             moves.append(source)
             source, readers = source.args[0], [source]
         pooled = any(move.target == _POOL for move in moves)
-        if not moves or len(source.users) > 1 or not (pooled or _name(source) in _ATTENTION):
+        if not moves or len(source.users) > 1 or not (pooled or op_name(source) in _ATTENTION):
             continue
         last = source
         for made_like in (node, *reversed(moves)):
@@ -41,7 +43,3 @@ def round_early(graph: fx.Graph) -> None:
         for rounding in alike:
             rounding.replace_all_uses_with(last)
     graph.eliminate_dead_code()
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "_opname", "")

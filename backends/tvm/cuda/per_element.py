@@ -1,12 +1,12 @@
 """Kernels in which each thread makes one result: max pooling, running sums, rows written by index."""
 
-from functools import cache, partial
+from functools import cache
 
 import tvm
 from tvm.tirx.script.builder import ir as T
 
 from t3c_compile.backends.tvm.cuda.threads import for_each_thread
-from t3c_compile.backends.tvm.kernels.emit import Index, prim_func, product, store
+from t3c_compile.backends.tvm.kernels.emit import Index, prim_func, product
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.window import Window
 
@@ -24,14 +24,13 @@ def max_pool2d(
 ) -> tvm.tirx.PrimFunc:
     """(x [N, H, W, C], ``finish`` of [N, *out, C]); no dilation, so that every window holds a pixel.
 
-    Images of another ``dtype`` than float32 end as y of that dtype.
+    Images of another ``dtype`` than float32 are written as they are.
     """
-    floats, shape = dtype == "float32", (batch, *out, channels)
+    shape = (batch, *out, channels)
     (height, width), (kh, kw), (sy, sx) = window.size, window.kernel, window.stride
     with prim_func("cuda_max_pool2d") as function:
-        results = finish.arguments(shape) if floats else {"y": (shape, dtype)}
-        x, *ends = function.args(x=((batch, height, width, channels), dtype), **results)
-        put = Writer(finish, ends).put if floats else partial(store, ends[0])
+        x, *ends = function.args(x=((batch, height, width, channels), dtype), **finish.arguments(shape, dtype))
+        writer = Writer(finish, ends)
 
         @for_each_thread(function.size(shape))
         def _(task: Index) -> None:
@@ -40,7 +39,7 @@ def max_pool2d(
             top = T.bind(line % out[0] * sy - window.padding[0])
             left = T.bind(pixel % out[1] * sx - window.padding[1])
             best = T.alloc_buffer((1,), dtype, scope="local")
-            least = T.float32(float("-inf")) if floats else tvm.tirx.min_value(dtype)
+            least = T.float32(float("-inf")) if dtype == "float32" else tvm.tirx.min_value(dtype)
             T.buffer_store(best, least, [0])
             with T.serial(0, kh) as ky, T.serial(0, kw) as kx:
                 # A row or column outside the image is as good as the nearest one in it, which the window holds.
@@ -48,7 +47,7 @@ def max_pool2d(
                 column = T.bind(T.max(T.min(left + kx, width - 1), 0))
                 at = ((line // out[0] * height + row) * width + column) * channels + channel
                 T.buffer_store(best, T.max(best[0], x[at]), [0])
-            put(task, best[0], 1)
+            writer.put(task, best[0], 1)
 
     return function.func
 

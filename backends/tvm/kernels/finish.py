@@ -68,9 +68,10 @@ class Finish:
     def form_dtype(self) -> str:
         return "uint8" if self.offset else "int8"
 
-    def arguments(self, shape: Shape) -> dict[str, tuple[Shape, str] | None]:
+    def arguments(self, shape: Shape, dtype: str = "float32") -> dict[str, tuple[Shape, str] | None]:
         """What a kernel takes after its own arguments: tensors to add, 1 / scale and zero point of each int8 form and
-        scale and zero point of each int8 tensor to add (float32), and the results."""
+        scale and zero point of each int8 tensor to add (float32), and the results, of ``dtype`` where nothing is left
+        to do with them."""
         dtypes = ["float32" if kind == ADD else self.form_dtype for kind in self.added]
         added = {f"added{i}": (shape, dtype) for i, dtype in enumerate(dtypes)}
         numbers = 2 * (self.quantized + self.added.count(ADD_INT8))
@@ -78,7 +79,7 @@ class Finish:
         return {
             **added,
             "forms": ((numbers,), "float32") if numbers else None,
-            "y": (shape, "float32") if self.floats else None,
+            "y": (shape, dtype) if self.floats else None,
             **forms,
         }
 

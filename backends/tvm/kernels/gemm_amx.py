@@ -32,7 +32,7 @@ from t3c_compile.backends.tvm.kernels.emit import (
     when,
 )
 from t3c_compile.backends.tvm.kernels.isa import BLOCK, QUAD, Isa
-from t3c_compile.backends.tvm.kernels.product import ColumnSums, Epilogue, Product, Rows, joined, narrowed_panel
+from t3c_compile.backends.tvm.kernels.product import ColumnSums, Epilogue, Product, Rows, joined
 from t3c_compile.backends.tvm.kernels.tile import Tile
 
 _TASKS = 8  # into which a product is cut at least, so that it divides well between threads
@@ -69,15 +69,15 @@ def spans(panels: int, parts: int) -> int:
 
 
 def multiply(isa: Isa, p: Product, x: Rows, weights: Buffer, epilogue: Epilogue, tile: Tile) -> None:
-    """Emit the product, as :func:`gemm.multiply` says."""
+    """Emit the product, as :func:`gemm.multiply` says, with weights that were rounded at load."""
+    assert p.bits == 8
     p, x = joined(p, x)
     cut = _cut(p, x, tile)
     width = tile.vectors * BLOCK
     panels, share = ceil_div(p.columns, width), ceil_div(tile.chunk, cut.high * ROWS) * cut.high
     # One at least: TVM folds what even a branch never taken divides by.
     parts = ceil_div(cut.tiles, share) if static(p.rows) is not None else T.max(ceil_div(cut.tiles, share), 1)
-    # Weights that are rounded are kept for one panel.
-    span = 1 if p.bits < 8 else ceil_div(panels, spans(panels, static(parts) or 1))
+    span = ceil_div(panels, spans(panels, static(parts) or 1))
     across = ceil_div(panels, span)
 
     @for_each(p.groups * across * parts, product((p.groups, p.rows, p.columns, p.inputs, *x.kernel)))
@@ -335,41 +335,25 @@ class _Weights:
 
     def __init__(self, task: _Task, first: Index, count: Index, vectors: int) -> None:
         self.task, self.first, self.vectors = task, first, vectors
-        self.buffer, self.step, bits = task.weights, BYTES, task.p.bits
         self.lines = vectors * task.step_words
-        self.narrowed = None
-        if bits < 8:
-            self.buffer, self.narrowed = narrowed_panel(
-                task.isa,
-                task.weights,
-                lambda v, tap, k: self._packed(first + v, tap, k),
-                task.taps,
-                task.words,
-                vectors,
-                bits,
-            )
-            self.step = BYTES * vectors
         if task.tail:
             self.tails = self._tails(count)
 
-    def _packed(self, block: Index, tap: Index, k: Index) -> Index:
+    def at(self, block: Index, tap: Index, k: Index) -> Index:
+        """Where word ``k`` of a block's tap lies."""
         task = self.task
         return task.base + (block * task.taps + tap) * task.tap_bytes + k * BYTES
 
-    def at(self, block: Index, tap: Index, k: Index) -> Index:
-        """Where word ``k`` of a block's tap lies."""
-        return self.narrowed(block - self.first, tap, k) if self.narrowed else self._packed(block, tap, k)
-
     def load(self, register: int, block: Index, tap: Index, k: Index) -> None:
         """A step's words from word ``k`` on."""
-        amx.load(register, self.buffer, self.at(block, tap, k), self.step)
+        amx.load(register, self.task.weights, self.at(block, tap, k), BYTES)
 
     def ask(self, lines: tuple[Index, Index], block: Index, tap: Index, k: Index) -> None:
         """Prefetch ``lines``, of the first ``self.lines``, of what a later panel loads at word ``k``."""
         words = self.task.step_words
         with T.serial(*lines) as line:
             later = block + _AHEAD * self.vectors + line // words
-            place = self._packed(later, tap, k + line % words)
+            place = self.at(later, tap, k + line % words)
             prefetch(self.task.weights, T.min(place, self.task.weights.shape[0] - BYTES))
 
     def add_to(self, sums: ColumnSums, block: Index, tap: Index, k: Index, words: int) -> None:
@@ -377,7 +361,7 @@ class _Weights:
         for v in range(self.vectors):
             start = T.bind(self.at(block + v, tap, k))
             for word in range(words):
-                sums.add(v, word, load(self.buffer, start + word * self.step, BYTES))
+                sums.add(v, word, load(self.task.weights, start + word * BYTES, BYTES))
 
     def load_tail(self, register: int, block: Index, tap: Index) -> None:
         """The last words, and zeros."""
@@ -392,7 +376,7 @@ class _Weights:
         with T.serial(0, count * self.vectors) as block, T.serial(0, task.taps) as tap:
             start = T.bind(self._tail(block, tap))
             with T.serial(0, task.tail) as k:
-                word = load(self.buffer, self.at(self.first + block, tap, task.steps * WORDS + k), BYTES)
+                word = load(task.weights, self.at(self.first + block, tap, task.steps * WORDS + k), BYTES)
                 store(tails, start + k * BYTES, word, BYTES)
             with T.serial(0, WORDS - task.tail) as k:
                 store(tails, start + (task.tail + k) * BYTES, fill(T.int8(0), BYTES), BYTES)

@@ -1,11 +1,11 @@
 """Max pooling of channels-last images: the greatest of a window's pixels, lanes along the channels."""
 
-from functools import cache, partial
+from functools import cache
 
 import tvm
 from tvm.tirx.script.builder import ir as T
 
-from t3c_compile.backends.tvm.kernels.emit import Index, chunks, for_each, load, prim_func, product, store
+from t3c_compile.backends.tvm.kernels.emit import Index, chunks, for_each, load, prim_func, product
 from t3c_compile.backends.tvm.kernels.finish import PLAIN, Finish, Writer
 from t3c_compile.backends.tvm.kernels.isa import QUAD, Isa
 from t3c_compile.backends.tvm.kernels.window import Window
@@ -23,15 +23,14 @@ def max_pool2d(
 ) -> tvm.tirx.PrimFunc:
     """(x [N, H, W, C], ``finish`` of [N, *out, C]); no dilation, so that every window holds a pixel.
 
-    ``out`` may be greater than ``window.out`` by one (``ceil_mode``). Images of another ``dtype`` than float32 end as y
-    of that dtype.
+    ``out`` may be greater than ``window.out`` by one (``ceil_mode``). Images of another ``dtype`` than float32 are
+    written as they are.
     """
-    floats, shape = dtype == "float32", (batch, *out, channels)
+    shape = (batch, *out, channels)
     (height, width), (kh, kw), (sy, sx) = window.size, window.kernel, window.stride
     with prim_func("max_pool2d") as function:
-        results = finish.arguments(shape) if floats else {"y": (shape, dtype)}
-        x, *ends = function.args(x=((batch, height, width, channels), dtype), **results)
-        put = Writer(finish, ends).put if floats else partial(store, ends[0])
+        x, *ends = function.args(x=((batch, height, width, channels), dtype), **finish.arguments(shape, dtype))
+        writer = Writer(finish, ends)
         images = function.size((batch,))
 
         @for_each(images * out[0], product((images, *out, channels, kh, kw)))
@@ -55,8 +54,8 @@ def max_pool2d(
                     best = load(x, first + i, n)
                     for other in others:
                         best = T.max(best, load(x, other + i, n))
-                    put((line * out[1] + column) * channels + i, best, n)
+                    writer.put((line * out[1] + column) * channels + i, best, n)
 
-                chunks(channels, isa.lanes * (1 if floats else QUAD), greatest)
+                chunks(channels, isa.lanes if dtype == "float32" else QUAD * isa.lanes, greatest)
 
     return function.func

@@ -1,7 +1,7 @@
 """What is tuned: a kernel by its template and shape, whatever profile or layer calls it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import tvm
@@ -25,12 +25,16 @@ class Workload:
     spec: Spec
 
     def kernel(self, tiles: Tiles = ()) -> tvm.tirx.PrimFunc:
-        """The kernel with ``tiles``, one for each product; with the defaults where none is given."""
-        if isinstance(self.spec, LinearSpec):
-            return (svd_linear if self.spec.max_rank else int8_linear)(self.isa, self.spec, tiles)
-        if isinstance(self.spec, ConvSpec):
-            return int8_conv2d(self.isa, self.spec, tiles)
-        return conv_chain(self.isa, self.spec, tiles)
+        """The kernel with ``tiles``, one for each product; with the defaults where none is given.
+
+        Where weights are rounded at load, nothing is left to round, and kernels of all widths are one.
+        """
+        spec = replace(self.spec, bits=8) if self.isa.rounds_at_load else self.spec
+        if isinstance(spec, LinearSpec):
+            return (svd_linear if spec.max_rank else int8_linear)(self.isa, spec, tiles)
+        if isinstance(spec, ConvSpec):
+            return int8_conv2d(self.isa, spec, tiles)
+        return conv_chain(self.isa, spec, tiles)
 
     @property
     def key(self) -> str:
